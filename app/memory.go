@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package app
+
+import (
+	"math"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+)
+
+// The bounds of limits.maxHeldBytes: auto (DESIGN.md 5).
+const autoHeldBytes = 2 << 30
+
+// memoryLimit is the process's memory limit in bytes from its control group, 0 when there is none.
+func memoryLimit() int64 {
+	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		// "max", and version 1's page-rounded huge number, both mean no limit.
+		n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+		if err != nil || n <= 0 || n > math.MaxInt64/2 {
+			return 0
+		}
+		return n
+	}
+	return 0
+}
+
+// heldBytes resolves limits.maxHeldBytes: auto (0) is 2 GiB or half the memory limit, whichever is less.
+func heldBytes(configured, limit int64) int64 {
+	if configured > 0 {
+		return configured
+	}
+	if limit > 0 {
+		return min(autoHeldBytes, limit/2)
+	}
+	return autoHeldBytes
+}
+
+// setMemoryLimit tells the collector the control group's limit, unless GOMEMLIMIT says otherwise.
+func setMemoryLimit(limit int64) {
+	if limit > 0 && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(limit - limit/10) // a tenth is left to stacks and the kernel's buffers
+	}
+}

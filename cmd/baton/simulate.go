@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/baton-epp/baton/simulate"
+)
+
+const simulateHelp = `Run a pool of simulated vLLM servers on loopback: real HTTP, real metrics pages, prefix caches, KV transfer with leases,
+and faults on demand. No GPU, no model.
+
+  baton simulate --prefill 2 --decode 3 --base-port 18100 --endpoints-file endpoints.yaml
+
+The endpoints file is what baton serve's file-discovery reads. Each engine answers vLLM's API and, beside it,
+  GET  /admin/state    what it holds, leaked, pulled and aborted
+  POST /admin/faults   {"rules":[{"phase":"prefill","kind":"status","status":503,"probability":0.1}]}`
+
+func newSimulate() *cobra.Command {
+	var o simulate.PoolOptions
+	var faults []string
+	verbosity := 2
+	cmd := &cobra.Command{
+		Use: "simulate", Short: "Run a pool of simulated model servers", Long: simulateHelp, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var errs []error
+			for _, text := range faults {
+				f, err := simulate.ParseFault(text)
+				errs = append(errs, err)
+				o.Template.Faults.Rules = append(o.Template.Faults.Rules, f)
+			}
+			if err := errors.Join(errs...); err != nil {
+				return err
+			}
+			if o.Prefill+o.Decode+o.Both+o.Plain == 0 {
+				return errors.New("no engines: set --prefill, --decode, --both or --plain")
+			}
+			return simulate.RunPool(cmd.Context(), o, logger(verbosity, false))
+		},
+	}
+	fs := cmd.Flags()
+	fs.SortFlags = false
+	simulateFlags(fs, &o)
+	fs.StringArrayVar(&faults, "fault", nil, "inject a fault, such as kind=status,phase=prefill,status=503,next=2; may be repeated")
+	fs.IntVarP(&verbosity, "v", "v", verbosity, "log verbosity")
+	return cmd
+}
+
+func simulateFlags(fs *pflag.FlagSet, o *simulate.PoolOptions) {
+	t := &o.Template
+	fs.IntVar(&o.Prefill, "prefill", 0, "engines with role prefill")
+	fs.IntVar(&o.Decode, "decode", 0, "engines with role decode")
+	fs.IntVar(&o.Both, "both", 0, "engines with role prefill-decode")
+	fs.IntVar(&o.Plain, "plain", 0, "engines without a role")
+	fs.StringVar(&o.Host, "host", "127.0.0.1", "address to listen on")
+	fs.IntVar(&o.BasePort, "base-port", 0, "port of the first engine, the others follow (0 = free ports)")
+	fs.StringVar(&o.EndpointsFile, "endpoints-file", "", "file to write for baton serve's file-discovery")
+	fs.StringVar(&t.Model, "model", "tiny", "served model name")
+	fs.StringVar(&t.Generation, "generation", "", `"" for vLLM 0.32, "old" for flat block ids and older metric names`)
+	fs.Uint64Var(&t.Seed, "seed", 0, "seed of ids and fault draws (0 = drawn)")
+	fs.IntVar(&t.BlockSize, "block-size", 0, "tokens in a KV block (default 16)")
+	fs.IntVar(&t.NumBlocks, "num-blocks", 0, "KV blocks (default 4096)")
+	fs.IntVar(&t.MaxNumSeqs, "max-num-seqs", 0, "sequences that run at once (default 256)")
+	fs.IntVar(&t.MaxWaiting, "max-waiting", 0, "sequences that may wait before 503 (0 = no limit)")
+	fs.IntVar(&t.MaxModelLen, "max-model-len", 0, "tokens of prompt and answer (default what the blocks hold)")
+	fs.Float64Var(&t.Scale, "scale", 1, "multiplies every duration")
+	fs.DurationVar(&t.PrefillFixed, "prefill-fixed", 0, "time of a prefill (default 5ms)")
+	fs.DurationVar(&t.PrefillPerToken, "prefill-per-token", 0, "time per uncached prompt token (default 20µs)")
+	fs.DurationVar(&t.TransferFixed, "transfer-fixed", 0, "time of a KV pull (default 2ms)")
+	fs.DurationVar(&t.TransferPerToken, "transfer-per-token", 0, "time per token pulled (default 1µs)")
+	fs.DurationVar(&t.InterToken, "inter-token", 0, "time between tokens (default 5ms)")
+	fs.DurationVar(&t.Handshake, "handshake", 0, "first contact of a prefill and a decode engine (default 50ms)")
+	fs.DurationVar(&t.Lease, "lease", 0, "how long a finished prefill is held (default 30s)")
+	fs.StringVar(&t.LoadFailurePolicy, "kv-load-failure-policy", "", "fail (default) or recompute")
+	fs.StringVar(&t.RemoteHost, "remote-host", "", "host in KV handles (default the engine's)")
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package director
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/pool"
+	"github.com/baton-epp/baton/scheduler"
+	"github.com/baton-epp/baton/sidecar"
+)
+
+// End says how the gateway let us see the end of a request (DESIGN.md 5.1).
+type End uint8
+
+// The values of [End].
+const (
+	// EndSeen: the response's end, or the client's leaving, was visible.
+	EndSeen End = iota
+	// EndUnseen: the stream ended before the response did; the reservation becomes an estimate.
+	EndUnseen
+	// EndUnanswered: the stream ended before our answer: the client left, or we refused.
+	EndUnanswered
+)
+
+// Exchange is one request from its first byte to the response's end. It belongs to the stream's goroutine.
+type Exchange struct {
+	director *Director
+	sched    Scheduler
+	req      *inference.Request
+	edits    *inference.Edits
+	query    scheduler.Query
+	decision *scheduler.Decision
+
+	decode      *pool.Endpoint
+	decodeLoad  *pool.Reservation
+	prefillLoad *pool.Reservation
+	job         sidecar.Job
+	outcome     *sidecar.Outcome
+	err         error
+
+	start, firstByte     time.Time
+	scheduled, decided   time.Duration
+	bodyBytes, respBytes int
+	status               int
+	served               string
+	usage                inference.Usage
+	answered, done       bool
+}
+
+// Orchestrates reports whether sub-requests may run before the answer, so that the gateway must be asked for time.
+func (x *Exchange) Orchestrates() bool {
+	return x.decision.Phase(scheduler.PhasePrefill).Run || x.decision.Phase(scheduler.PhaseEncode).Run
+}
+
+// Request is what was read of the client's request.
+func (x *Exchange) Request() *inference.Request { return x.req }
+
+// Run runs the phases before decode and makes the answer. It blocks until then; ctx is the stream's.
+func (x *Exchange) Run(ctx context.Context) (*Answer, error) {
+	x.job = sidecar.Job{
+		Request: x.req, Decision: x.decision, Decode: x.decode, Body: x.edits, PrefillLoad: x.prefillLoad, Start: x.start,
+	}
+	x.outcome, x.err = x.director.opts.Orchestrator.Run(ctx, &x.job)
+	if x.err != nil {
+		return nil, x.fail()
+	}
+	if err := x.settleDecode(ctx); err != nil {
+		x.err = err
+		return nil, x.fail()
+	}
+	if err := ctx.Err(); err != nil {
+		x.err = fmt.Errorf("client left: %w", context.Cause(ctx))
+		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "client_gone")
+		return nil, x.err
+	}
+	x.director.opts.Orchestrator.Forward(ctx, &x.job, x.outcome, x.decode)
+	x.decision.Learn(x.decode, x.outcome.Prefiller)
+	x.decided = time.Since(x.start)
+	x.answered = true
+	return x.answer(), nil
+}
+
+func (x *Exchange) fail() error {
+	x.director.metrics.failed(x.req, x.err)
+	return x.err
+}
+
+// settleDecode makes sure the decode endpoint is still the one that was picked, and finds another where it is gone: the
+// next ranked one, then one more run of the decode profile (DESIGN.md 3.4).
+func (x *Exchange) settleDecode(ctx context.Context) error {
+	snap := x.director.opts.Snapshot()
+	if x.outcome.Checkpoint < sidecar.PrefillComplete && snap == x.query.Snapshot {
+		return nil
+	}
+	if alive(snap, x.decode) {
+		return nil
+	}
+	x.director.metrics.repicked.Inc()
+	for _, r := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
+		if r.Endpoint != x.decode && alive(snap, r.Endpoint) {
+			x.moveDecode(r.Endpoint, r.UncachedTokens)
+			return nil
+		}
+	}
+	x.query.Snapshot, x.query.Now = snap, time.Now()
+	pick, err := x.sched.Repick(&x.query, scheduler.PhaseDecode, x.outcome.Prefiller)
+	if err != nil {
+		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "no_decode")
+		return err
+	}
+	x.moveDecode(pick.Ranked[0].Endpoint, pick.Ranked[0].UncachedTokens)
+	return nil
+}
+
+func (x *Exchange) moveDecode(to *pool.Endpoint, tokens int64) {
+	x.decodeLoad.Release()
+	x.decode, x.decodeLoad = to, to.Load.Reserve(tokens)
+}
+
+// alive reports whether the very pod picked is still there and fit.
+func alive(snap *pool.Snapshot, e *pool.Endpoint) bool {
+	now := snap.ByAddr(e.Addr)
+	return now != nil && now.UID == e.UID && now.Health.Standing(time.Now()) != pool.NotReady
+}
+
+// answer is what the gateway is told. A request that carries a handle names one destination only.
+func (x *Exchange) answer() *Answer {
+	a := &Answer{
+		Destination: x.decode.Hostport, Set: x.outcome.Headers, Outcome: x.outcome.Name,
+		ResponseSet: x.sched.ResponseHeaders(x.decode),
+	}
+	if send := x.decision.Phase(scheduler.PhaseDecode).Send; send > 1 && !x.outcome.HasHandle {
+		a.Destination = x.fallbackList(send)
+	}
+	if x.edits != nil && !x.edits.Empty() {
+		a.Body = x.edits
+	}
+	if !x.req.Headers.Has("x-request-id") {
+		a.Set = append(a.Set, inference.Header{Name: "x-request-id", Value: x.req.ID})
+	}
+	return a
+}
+
+func (x *Exchange) fallbackList(send int) string {
+	list := make([]string, 1, send)
+	list[0] = x.decode.Hostport
+	for _, r := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
+		if r.Endpoint != x.decode && len(list) < send {
+			list = append(list, r.Endpoint.Hostport)
+		}
+	}
+	return strings.Join(list, ",")
+}
+
+// ResponseHeaders notes the first sign of the response: status, and who served ("" when the gateway does not say).
+func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status int, served string) {
+	x.firstByte, x.status, x.served = now, status, served
+	x.decodeLoad.ReleaseTokens()
+	e := x.servedEndpoint()
+	x.director.opts.Orchestrator.Transferred(ctx, x.outcome, e, status < 500)
+	switch {
+	case e == nil:
+	case status >= 500:
+		if e.Health.Fail(now) {
+			x.director.ejected(e)
+		}
+	default:
+		e.Health.Succeed()
+	}
+}
+
+// servedEndpoint is whoever really served; nil when the pool does not know the address.
+func (x *Exchange) servedEndpoint() *pool.Endpoint {
+	if x.served == "" || x.served == x.decode.Hostport {
+		return x.decode
+	}
+	for _, e := range x.director.opts.Snapshot().Endpoints {
+		if e.Hostport == x.served {
+			return e
+		}
+	}
+	return nil
+}
+
+// Usage notes what the response body said, where the gateway shows bodies.
+func (x *Exchange) Usage(u inference.Usage, responseBytes int) {
+	x.usage, x.respBytes = u, responseBytes
+}
+
+// Done closes the exchange; every call after the first does nothing.
+func (x *Exchange) Done(end End) {
+	if x == nil || x.done {
+		return
+	}
+	x.done = true
+	now := time.Now()
+	x.prefillLoad.Release()
+	if end == EndUnseen && x.answered {
+		x.decodeLoad.ReleaseTokens()
+		x.decodeLoad.Expire(now, x.director.predictedDecode(x.req))
+	} else {
+		x.decodeLoad.Release()
+	}
+	if end == EndSeen {
+		x.director.learn(x, now)
+	}
+	x.director.metrics.ended(x, now)
+	if x.director.opts.Record != nil {
+		x.director.opts.Record(newRecord(x, now))
+	}
+	x.decision.Release()
+}
+
+// ClientGone reports whether the exchange ended because the client left before the answer.
+func (x *Exchange) ClientGone() bool { return errors.Is(x.err, context.Canceled) }

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package director
+
+import (
+	"log/slog"
+	"math"
+	"sync/atomic"
+	"time"
+
+	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/pool"
+)
+
+// ewma is an exponentially weighted mean that may be read and fed from any goroutine; a lost update is harmless.
+type ewma struct{ bits atomic.Uint64 }
+
+// ewmaWeight is the share of a new sample (our choice: about the last 20 requests).
+const ewmaWeight = 0.1
+
+func (e *ewma) value() float64 { return math.Float64frombits(e.bits.Load()) }
+
+func (e *ewma) feed(sample float64) {
+	old := e.value()
+	if old == 0 {
+		old = sample
+	}
+	e.bits.Store(math.Float64bits(old + ewmaWeight*(sample-old)))
+}
+
+// learn takes the time per output token from a response whose end and usage were seen.
+func (d *Director) learn(x *Exchange, now time.Time) {
+	if x.usage.Seen && x.usage.CompletionTokens > 1 && !x.firstByte.IsZero() {
+		d.perToken.feed(now.Sub(x.firstByte).Seconds() / float64(x.usage.CompletionTokens))
+	}
+}
+
+// predictedDecode is how long the decode of req may take: its token limit times the learned time per token; 0 when
+// either is unknown (the estimate then lives for pool's bound of 60 s).
+func (d *Director) predictedDecode(req *inference.Request) time.Duration {
+	return time.Duration(float64(req.MaxTokens) * d.perToken.value() * float64(time.Second))
+}
+
+func (d *Director) ejected(e *pool.Endpoint) {
+	d.metrics.ejections.Inc()
+	d.log.Warn("endpoint ejected after repeated failures", slog.String("endpoint", e.ID()), slog.Time("until", e.Health.EjectedUntil()))
+}
+
+// seed makes a repeatable number of the request id (FNV-1a): the same request and snapshot give the same pick.
+func seed(id string, start time.Time) uint64 {
+	if id == "" {
+		return uint64(start.UnixNano())
+	}
+	h := uint64(14695981039346656037)
+	for i := range len(id) {
+		h = (h ^ uint64(id[i])) * 1099511628211
+	}
+	return h
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package connectors knows the wires by which engines move KV blocks from a prefill to a decode endpoint: one file
+// per wire, one line in the registry. A [Connector] only writes bodies and reads answers; it never sends, waits,
+// retries, counts or logs, which package sidecar does for all of them. Handles are opaque bytes: scanned, copied, and
+// never decoded into structs, so that no number passes through a float64. Floor 3, below package sidecar.
+//
+// A connector has one method per moment at which a wire can differ. Every wire in use has one of four shapes:
+//
+//   - Serial with handle. Prefill runs to its end, [Connector.Answer] cuts the handle out of what it said, and
+//     [Connector.Decode] splices it into the decode body. nixlv2 is built. trtllm: Prefill writes
+//     disaggregated_params, Answer takes choices[0].disaggregated_params and prompt_token_ids, and says [Complete]
+//     for any finish reason but length. lmcache-pd: [Traits].NeedsDecode, for Prefill writes the receiver's ports;
+//     Answer takes first_tok, which Decode appends to the prompt. moriio READ: as nixlv2 with more fields.
+//   - Serial blind. The engines meet in a store that neither leg names: Prefill caps the leg to one token, Answer
+//     says [Ready] without a handle, Decode does nothing. shared-storage; its try-decode-first variant is a decision
+//     before Prefill, made by who calls.
+//   - Rendezvous. An id minted here goes into both legs. Prefill writes it and keeps it in [Exchange].Ticket, Decode
+//     reads it there and is called with a nil handle, before the prefill answered where [Traits].Shape says so; Answer
+//     says [Ready] or [Failed]. sglang (bootstrap_room) and mooncake (transfer_id) run both legs at once, offloading
+//     (kv_request_id) one after the other. Two moments exist only here and become optional interfaces with them:
+//     Introduce, for what must be asked of a prefiller once per pod (mooncake's /query), and Abort, for the call that
+//     frees the other leg (sglang's /abort_request).
+//   - Fan-out and join. Encoders move no KV: ec-example and ec-nixl take a second interface with the moments Item (the
+//     body of one media item), Join (merge the answers' ec_transfer_params) and Splice (into the next leg's body).
+package connectors
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/pool"
+)
+
+// Connector is one wire. Implementations hold no state of requests and are safe for concurrent use.
+type Connector interface {
+	// Prefill makes the client's body into that of the prefill leg. body is a fresh list of edits; what the client
+	// sent in transfer fields is removed from it already.
+	Prefill(x *Exchange, body *inference.Edits)
+	// Answer reads the body of a 200 that answered the prefill leg. It keeps no part of answer.
+	Answer(x *Exchange, answer []byte) Answer
+	// Decode puts into the decode leg's body what lets it find the blocks. handle is what Answer returned.
+	Decode(x *Exchange, handle []byte, body *inference.Edits)
+	// Withdraw takes back what Decode did: the decode endpoint is to compute everything itself.
+	Withdraw(x *Exchange, body *inference.Edits)
+}
+
+// Exchange is one prefill for one request: the same value for every method, made anew for each attempt.
+type Exchange struct {
+	Request   *inference.Request
+	Prefiller *pool.Endpoint
+	Decode    *pool.Endpoint // the pick so far; nil while there is none
+	// RewriteHost lets a loopback name in a handle be replaced by the prefiller's address.
+	RewriteHost bool
+	// Ticket is what a rendezvous connector minted in Prefill for its Decode.
+	Ticket string
+}
+
+// Verdict is what a prefill's answer means.
+type Verdict uint8
+
+// The verdicts.
+const (
+	// Ready: decode may be told to take over.
+	Ready Verdict = iota
+	// Complete: there is nothing to hand over since generation ended with the first token; decode starts afresh.
+	Complete
+	// Missing: the handle is not there although it should be; the prefill endpoint is set up wrongly.
+	Missing
+	// Incomplete: the handle lacks a field without which the decode engine would hang or die.
+	Incomplete
+	// Failed: the engine reports an error inside a 200.
+	Failed
+	// Malformed: this is no answer of an engine.
+	Malformed
+)
+
+// Answer is what a connector found in a prefill's answer.
+type Answer struct {
+	Verdict      Verdict
+	Handle       []byte // for Decode, an own copy; nil unless Ready
+	PromptTokens int64  // tokens whose blocks the prefill endpoint holds now; 0 when it did not say
+	Rewritten    bool   // a loopback name was replaced by the prefiller's address
+}
+
+// Shape is the order in which the legs run.
+type Shape uint8
+
+// The shapes.
+const (
+	Serial     Shape = iota // prefill to its end, then decode
+	Rendezvous              // both legs at once
+)
+
+// Traits are the fixed facts of a wire.
+type Traits struct {
+	Name   string
+	Proven string // real engine, from source or unconfirmed (DESIGN.md 3.3)
+	Shape  Shape
+	// NeedsDecode says that the decode endpoint must be known before prefill starts.
+	NeedsDecode bool
+	// Aggregates says that a decode endpoint does the prefill itself when it is told nothing.
+	Aggregates bool
+	// APIs lists the APIs whose bodies the wire can be spliced into.
+	APIs []inference.API
+}
+
+// Serves reports whether the wire carries requests of api.
+func (t *Traits) Serves(api inference.API) bool { return slices.Contains(t.APIs, api) }
+
+// Lookup returns the connector of that name, or an error that says which names there are.
+func Lookup(name string) (Connector, Traits, error) {
+	all := registry()
+	if e, ok := all[name]; ok {
+		e.traits.Name = name
+		return e.connector, e.traits, nil
+	}
+	built := make([]string, 0, len(all))
+	for n := range all {
+		built = append(built, n)
+	}
+	slices.Sort(built)
+	if slices.Contains(planned(), name) {
+		return nil, Traits{}, fmt.Errorf("%q is known, not built yet (built: %s)", name, strings.Join(built, ", "))
+	}
+	return nil, Traits{}, fmt.Errorf("%q is not a connector (built: %s)", name, strings.Join(built, ", "))
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package sidecar is the in-process replacement of the decode-side sidecar: it runs the phases that come before
+// decode, as bounded HTTP sub-requests inside the decision. [Orchestrator.Run] brings one request to the point where
+// its decode request can be forwarded; [Orchestrator.Forward], [Orchestrator.Transferred] and [Orchestrator.Abandon]
+// are told what became of it. Attempts walk down the ranked list of the decision; the scheduler is never called again.
+// Only addresses of the present pool snapshot are ever dialled, and what differs between engines is in package
+// connectors. Floor 3.
+//
+// Checkpoints: an orchestrated request reaches PREFILL_SELECTED, PREFILL_COMPLETE, then, since decode engines pull
+// the blocks after they got the request, DECODE_FORWARDED before TRANSFER_COMPLETE. Each is counted once per request.
+// A retry before PREFILL_COMPLETE selects another prefiller; after it only decode is chosen anew. Engines do not read
+// the attempt header: what protects from doing work twice is that an attempt is over, its connection closed or its
+// answer read, before the next one starts.
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/baton-epp/baton/config"
+	"github.com/baton-epp/baton/pool"
+)
+
+// Headers of sub-requests and of the decode request, in lower case. Client copies of them must not be forwarded.
+const (
+	// HeaderPrefiller names who prefilled, host:port (llm-d's name).
+	HeaderPrefiller = "x-prefiller-host-port"
+	// HeaderEncoders names who encoded, host:port with commas (llm-d's name).
+	HeaderEncoders = "x-encoder-hosts-ports"
+	// HeaderAttempt is the number of the attempt within its phase, from 1.
+	HeaderAttempt = "x-processor-attempt"
+	// HeaderDepth marks sub-requests: one that comes back through the gateway is refused with [ErrLooped].
+	HeaderDepth = "x-baton-depth"
+)
+
+// Orchestrator runs the phases before decode. Safe for concurrent use.
+type Orchestrator struct {
+	// Immutable after New.
+	log      *slog.Logger
+	snapshot func() *pool.Snapshot
+	metrics  *metrics
+	peers    *peers
+	retries  *retryBudget
+
+	buffers sync.Pool // of *bytes.Buffer, for answers
+
+	settings atomic.Pointer[settings]
+	reload   sync.Mutex // held while settings are swapped
+
+	loopbackSeen atomic.Bool // the misconfiguration was logged
+}
+
+// Options are the collaborators of an [Orchestrator].
+type Options struct {
+	Config     config.Disaggregation
+	Logger     *slog.Logger          // nil discards
+	Registerer prometheus.Registerer // nil registers nowhere
+	// Snapshot is the pool now: only addresses in it are ever dialled. Required.
+	Snapshot func() *pool.Snapshot
+}
+
+// New checks the configuration and starts nothing. [Orchestrator.Close] ends what Run leaves open.
+func New(o Options) (*Orchestrator, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	var missing error
+	if o.Snapshot == nil {
+		missing = errors.New("sidecar options: Snapshot is required")
+	}
+	or := &Orchestrator{
+		log:      o.Logger.With(slog.String("component", "sidecar")),
+		snapshot: o.Snapshot,
+		retries:  newRetryBudget(o.Config.RetryBudget, time.Now()),
+	}
+	s, err := newSettings(&o.Config, or.permitted, nil)
+	if err = errors.Join(missing, err); err != nil {
+		return nil, err
+	}
+	or.metrics = newMetrics(o.Registerer)
+	or.peers = newPeers(o.Config.Breaker, or.metrics, or.log)
+	or.settings.Store(s)
+	if o.Registerer != nil {
+		if err := o.Registerer.Register(newBreakerCollector(or.peers)); err != nil {
+			return nil, fmt.Errorf("metrics: %w", err)
+		}
+	}
+	return or, nil
+}
+
+// Reload swaps the configuration; jobs in flight finish on what they started with. Breakers survive unless their own
+// settings changed. On an error the old configuration stays.
+func (o *Orchestrator) Reload(c config.Disaggregation) error {
+	o.reload.Lock()
+	defer o.reload.Unlock()
+	old := o.settings.Load()
+	s, err := newSettings(&c, o.permitted, old)
+	if err != nil {
+		return err
+	}
+	if c.Breaker != old.Breaker {
+		o.peers.reset(c.Breaker)
+	}
+	o.retries.set(c.RetryBudget)
+	o.settings.Store(s)
+	if s.transport != old.transport {
+		old.transport.CloseIdleConnections()
+	}
+	return nil
+}
+
+// Close ends idle connections. Jobs in flight are ended by their contexts.
+func (o *Orchestrator) Close() { o.settings.Load().transport.CloseIdleConnections() }
+
+// Mode reports the mode in force (kill switch): auto, orchestrate, headers or off.
+func (o *Orchestrator) Mode() string { return o.settings.Load().Mode }
+
+// Rank is how many endpoints a phase should rank: attempts + 1.
+func (o *Orchestrator) Rank() int { return o.settings.Load().Prefill.Attempts + 1 }
+
+// Budget is the time that all phases before decode may take together (disaggregation.budget).
+func (o *Orchestrator) Budget() time.Duration { return o.settings.Load().Budget }
+
+// Run brings the job to the point where decode can be forwarded, blocking until then. ctx is the stream's: when it
+// ends, what runs is cancelled at once. Errors: *[PhaseError] (502), [ErrBudgetSpent] (504), [ErrLooped],
+// [context.Canceled] when the client left.
+func (o *Orchestrator) Run(ctx context.Context, j *Job) (*Outcome, error) {
+	r := run{o: o, s: o.settings.Load(), j: j, out: &Outcome{Name: outcomeAggregated}, load: j.PrefillLoad}
+	defer func() { r.load.Release() }()
+	if j.Request.Headers.Has(HeaderDepth) {
+		o.metrics.looped.Inc()
+		return nil, ErrLooped
+	}
+	if j.Body != nil && j.Request.HasTransferFields && !r.s.AcceptClientTransferFields {
+		j.Body.StripTransferFields()
+	}
+	switch r.way() {
+	case wayHeaders:
+		r.nameHost()
+		return r.out, nil
+	case wayOrchestrate:
+		o.peers.sweep(o.snapshot())
+		return r.prefill(ctx)
+	default:
+		return r.out, nil
+	}
+}

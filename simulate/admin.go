@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"net/http"
+)
+
+// Stats are an engine's counts. Those under "since start" begin at 0 with each process, the rest only with
+// [Engine.ResetRecords].
+type Stats struct {
+	Name     string `json:"name"`
+	Role     string `json:"role"`
+	Model    string `json:"model"`
+	EngineID string `json:"engine_id"` // empty when the engine is down
+	Alive    bool   `json:"alive"`
+
+	// Now.
+	Running      int     `json:"running"`
+	Waiting      int     `json:"waiting"`  // for capacity
+	Deferred     int     `json:"deferred"` // for remote KV or an adapter
+	HeldBlocks   int     `json:"held_blocks"`
+	Leases       int     `json:"leases"`
+	KVCacheUsage float64 `json:"kv_cache_usage"` // fraction, 0–1
+
+	// Since start.
+	PromptTokens     int `json:"prompt_tokens"`
+	GenerationTokens int `json:"generation_tokens"`
+	PrefixQueries    int `json:"prefix_cache_queries"` // tokens
+	PrefixHits       int `json:"prefix_cache_hits"`    // tokens
+	RemoteTokens     int `json:"remote_tokens"`        // prompt tokens that came by a pull
+	Expired          int `json:"kv_expired"`           // leases
+
+	// Over all processes.
+	Requests      int `json:"requests"`
+	Leaked        int `json:"leaked"`
+	Pulls         int `json:"pulls"`
+	PulledTokens  int `json:"pulled_tokens"`
+	FailedPulls   int `json:"failed_pulls"`
+	WrongPulls    int `json:"wrong_pulls"` // of another prompt's KV
+	Aborts        int `json:"aborts"`
+	Deaths        int `json:"deaths"`
+	InvalidParams int `json:"invalid_params"` // handles ignored for a missing field
+	Injected      int `json:"injected_faults"`
+}
+
+// Stats returns the engine's counts.
+func (e *Engine) Stats() Stats {
+	s := Stats{Name: e.opts.Name, Role: e.opts.Role, Model: e.opts.Model}
+	r := &e.records
+	r.mu.Lock()
+	t := r.totals
+	r.mu.Unlock()
+	s.Requests, s.Leaked, s.Pulls, s.PulledTokens, s.FailedPulls = t.requests, t.leaked, t.pulls, t.pulledTokens, t.failedPulls
+	s.WrongPulls, s.Aborts, s.Deaths, s.InvalidParams, s.Injected = t.wrongPulls, t.aborts, t.deaths, t.invalidParams, t.faults
+	p := e.running()
+	if p == nil {
+		return s
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	capacity, adapter := p.waiting()
+	s.Alive, s.EngineID = true, p.id
+	s.Running, s.Waiting, s.Deferred = p.running, capacity, p.deferred+adapter
+	s.HeldBlocks, s.Leases, s.KVCacheUsage = p.cache.used(), len(p.leases), p.cache.usage()
+	m, sl := &p.meter, metricSlots()
+	s.PromptTokens, s.GenerationTokens = int(m.get(sl.promptTokens)), int(m.get(sl.generationTokens))
+	s.PrefixQueries, s.PrefixHits = int(m.get(sl.prefixQueries)), int(m.get(sl.prefixHits))
+	s.RemoteTokens, s.Expired = int(m.get(sl.sourceRemote)), int(m.get(sl.expired))
+	return s
+}
+
+// serveFaults reads (GET) or replaces (POST, PUT) the engine's faults.
+func (p *process) serveFaults(x *exchange) {
+	switch x.r.Method {
+	case http.MethodGet:
+	case http.MethodPost, http.MethodPut:
+		body, err := io.ReadAll(io.LimitReader(x.r.Body, 1<<20))
+		if err != nil {
+			return
+		}
+		var f Faults
+		dec := json.NewDecoder(bytes.NewReader(body))
+		dec.DisallowUnknownFields()
+		if err = dec.Decode(&f); err == nil {
+			err = p.e.SetFaults(f)
+		}
+		if err != nil {
+			x.fail(badRequest("", "%s", err.Error()))
+			return
+		}
+	default:
+		x.json(http.StatusMethodNotAllowed, []byte(`{"detail":"Method Not Allowed"}`))
+		return
+	}
+	x.json(http.StatusOK, marshal(p.e.Faults()))
+}
+
+// State is the answer of GET /admin/state.
+type State struct {
+	Stats
+	Holds      []Hold  `json:"holds"`
+	LeakedList []Leak  `json:"leaks"`
+	PullList   []Pull  `json:"recent_pulls"` // the last 32
+	AbortList  []Abort `json:"recent_aborts"`
+	DeathList  []Death `json:"deaths_list"`
+	Faults     Faults  `json:"faults"`
+}
+
+// State returns everything that GET /admin/state tells.
+func (e *Engine) State() State {
+	return State{
+		Stats: e.Stats(), Holds: e.Held(), LeakedList: tailOf(e.Leaked()), PullList: tailOf(e.Pulls()),
+		AbortList: tailOf(e.Aborts()), DeathList: tailOf(e.Deaths()), Faults: e.Faults(),
+	}
+}
+
+func tailOf[T any](list []T) []T { return list[max(0, len(list)-32):] }
+
+func (p *process) serveState(x *exchange) { x.json(http.StatusOK, marshal(p.e.State())) }

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestMain fails the package when goroutines are left.
+func TestMain(m *testing.M) {
+	before := runtime.NumGoroutine()
+	code := m.Run()
+	http.DefaultTransport.(*http.Transport).CloseIdleConnections()
+	deadline := time.Now().Add(5 * time.Second)
+	for runtime.NumGoroutine() > before && time.Now().Before(deadline) {
+		runtime.Gosched()
+		time.Sleep(5 * time.Millisecond)
+	}
+	if n := runtime.NumGoroutine(); n > before && code == 0 {
+		buf := make([]byte, 1<<20)
+		fmt.Fprintf(os.Stderr, "%d goroutines left, %d at the start\n%s", n, before, buf[:runtime.Stack(buf, true)])
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// fast makes durations short without making them nothing.
+const fast = 0.01
+
+// newEngine starts an engine that is closed with the test, and checks that it owes no block then.
+func newEngine(t *testing.T, o Options) *Engine {
+	t.Helper()
+	if o.Scale == 0 {
+		o.Scale = fast
+	}
+	if o.KeepAlive == 0 {
+		o.KeepAlive = time.Hour
+	}
+	e, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		settle(t, e)
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return e
+}
+
+// newPair starts a prefill and a decode engine that know each other.
+func newPair(t *testing.T, o Options) (prefill, decode *Engine) {
+	t.Helper()
+	o.Peers = NewRegistry()
+	o.Name, o.Role = "p", "prefill"
+	prefill = newEngine(t, o)
+	o.Name, o.Role = "d", "decode"
+	return prefill, newEngine(t, o)
+}
+
+// settle waits until no block is held, which is the check after every scenario: leases end as leaks.
+func settle(t *testing.T, e *Engine) {
+	t.Helper()
+	eventually(t, e.opts.Name+" holds no block", func() bool { return len(e.Held()) == 0 && e.Stats().HeldBlocks == 0 })
+	s := e.Stats()
+	if s.Running+s.Waiting+s.Deferred != 0 {
+		t.Errorf("engine %s at the end: %+v", e.opts.Name, s)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 10s: %s", what)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// reply is a response with its body read.
+type reply struct {
+	status int
+	header http.Header
+	body   []byte
+	err    error // of reading the body
+}
+
+func (r reply) json(t *testing.T) map[string]any {
+	t.Helper()
+	var v map[string]any
+	if err := json.Unmarshal(r.body, &v); err != nil {
+		t.Fatalf("status %d, body %q: %v", r.status, r.body, err)
+	}
+	return v
+}
+
+// newClient returns a client of its own connections, closed with the test.
+func newClient(t *testing.T) *http.Client {
+	t.Helper()
+	tr := &http.Transport{DialContext: (&net.Dialer{}).DialContext, DisableCompression: true}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{
+		Transport:     tr,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// send makes one request; err is that of the exchange.
+func send(ctx context.Context, t *testing.T, method, url, body string, header ...string) (reply, error) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i+1 < len(header); i += 2 {
+		req.Header.Set(header[i], header[i+1])
+	}
+	resp, err := newClient(t).Do(req)
+	if err != nil {
+		return reply{}, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return reply{status: resp.StatusCode, header: resp.Header, body: b, err: err}, nil
+}
+
+func post(t *testing.T, e *Engine, path, body string, header ...string) reply {
+	t.Helper()
+	r, err := send(t.Context(), t, http.MethodPost, e.URL()+path, body, header...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func get(t *testing.T, e *Engine, path string, header ...string) reply {
+	t.Helper()
+	r, err := send(t.Context(), t, http.MethodGet, e.URL()+path, "", header...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// prompt is n token ids; seed tells prompts apart.
+func prompt(n, seed int) string {
+	var b bytes.Buffer
+	b.WriteByte('[')
+	for i := range n {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		fmt.Fprint(&b, 100+(seed*101+i*37)%1900)
+	}
+	b.WriteByte(']')
+	return b.String()
+}
+
+// complete is a completion request body; extra is appended to its fields.
+func complete(prompt string, maxTokens int, extra string) string {
+	return fmt.Sprintf(`{"model":"tiny","prompt":%s,"max_tokens":%d,"temperature":0%s}`, prompt, maxTokens, extra)
+}
+
+const askHandle = `,"kv_transfer_params":{"do_remote_decode":true}`
+
+// text is the first answer's text.
+func text(t *testing.T, r reply) string {
+	t.Helper()
+	if r.status != http.StatusOK {
+		t.Fatalf("status %d: %s", r.status, r.body)
+	}
+	s, _ := r.json(t)["choices"].([]any)[0].(map[string]any)["text"].(string)
+	return s
+}
+
+// prefillLeg sends a prefill leg and returns the handle, as it came.
+func prefillLeg(t *testing.T, e *Engine, prompt, extra string) string {
+	t.Helper()
+	r := post(t, e, "/v1/completions", complete(prompt, 1, askHandle+extra))
+	if r.status != http.StatusOK {
+		t.Fatalf("prefill: status %d: %s", r.status, r.body)
+	}
+	var v struct {
+		KV json.RawMessage `json:"kv_transfer_params"`
+	}
+	if err := json.Unmarshal(r.body, &v); err != nil {
+		t.Fatal(err)
+	}
+	return string(v.KV)
+}
+
+// edited is a handle with some fields replaced.
+func edited(t *testing.T, handle string, fields map[string]any) string {
+	t.Helper()
+	var m map[string]any
+	if err := json.Unmarshal([]byte(handle), &m); err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range fields {
+		if v == nil {
+			delete(m, k)
+			continue
+		}
+		m[k] = v
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func withHandle(handle string) string { return `,"kv_transfer_params":` + handle }

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"compress/gzip"
+	"math"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	metricsType      = "text/plain; version=1.0.0; charset=utf-8" // of /metrics
+	metricsSlashType = "text/plain; version=0.0.4; charset=utf-8" // of /metrics/ and of HEAD
+	openMetricsType  = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"
+)
+
+// serveMetrics answers both forms of the page. /metrics ignores Accept, Accept-Encoding and the filter; /metrics/ is
+// another handler, which honours them.
+func (p *process) serveMetrics(x *exchange) {
+	f := p.e.faults.get()
+	switch f.Metrics {
+	case metricsHang:
+		<-x.r.Context().Done()
+		return
+	case metricsServerError:
+		x.w.WriteHeader(http.StatusInternalServerError)
+		return
+	}
+	h := x.w.Header()
+	slash := strings.HasSuffix(x.r.URL.Path, "/")
+	if !slash && x.r.Method == http.MethodHead {
+		h["Content-Type"] = []string{metricsSlashType}
+		return
+	}
+	var names []string
+	if slash {
+		names = x.r.URL.Query()["name[]"]
+	}
+	buf, _ := pageBuffers().Get().(*[]byte)
+	defer pageBuffers().Put(buf)
+	*buf = p.metricsPage((*buf)[:0], names, f)
+	if slash {
+		x.slashPage(*buf)
+		return
+	}
+	h["Content-Type"] = []string{metricsType}
+	h["Content-Length"] = []string{strconv.Itoa(len(*buf))}
+	_, _ = x.w.Write(*buf)
+}
+
+// pageBuffers are reused between scrapes.
+var pageBuffers = sync.OnceValue(func() *sync.Pool {
+	return &sync.Pool{New: func() any { return new(make([]byte, 0, 72<<10)) }}
+})
+
+// slashPage sends a page as prometheus_client's own handler does: chunked, compressed and as OpenMetrics if asked.
+func (x *exchange) slashPage(page []byte) {
+	h := x.w.Header()
+	h["Content-Type"] = []string{metricsSlashType}
+	if strings.Contains(x.r.Header.Get("Accept"), "application/openmetrics-text") {
+		h["Content-Type"] = []string{openMetricsType}
+		page = openMetrics(page)
+	}
+	if strings.Contains(x.r.Header.Get("Accept-Encoding"), "gzip") {
+		h["Content-Encoding"] = []string{"gzip"}
+		z := gzip.NewWriter(x.w)
+		_, _ = z.Write(page)
+		_ = z.Close()
+	} else {
+		_, _ = x.w.Write(page)
+	}
+	_ = http.NewResponseController(x.w).Flush() // makes a short answer chunked
+}
+
+// openMetrics rewrites a page: metric names with _ for :, counters declared without _total, an end mark.
+func openMetrics(page []byte) []byte {
+	var b strings.Builder
+	for line := range strings.Lines(string(page)) {
+		if !strings.HasPrefix(line, "#") {
+			b.WriteString(strings.Replace(line, "vllm:", "vllm_", 1))
+			continue
+		}
+		name := strings.Fields(line)[2]
+		if strings.HasSuffix(name, "_created") {
+			continue
+		}
+		b.WriteString(strings.Replace(line, name, strings.TrimSuffix(name, "_total"), 1))
+	}
+	b.WriteString("# EOF\n")
+	return []byte(b.String())
+}
+
+// metricsPage appends the page, or the part of it that names select.
+func (p *process) metricsPage(dst []byte, names []string, f Faults) []byte {
+	if f.Metrics == metricsFrozen && len(names) == 0 {
+		return append(dst, p.e.faults.freeze(func() []byte { return p.render(nil, nil, f) })...)
+	}
+	return p.render(dst, names, f)
+}
+
+// freeze keeps the first page made while the page is frozen.
+func (s *faultState) freeze(render func() []byte) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.frozen == nil {
+		s.frozen = render()
+	}
+	return s.frozen
+}
+
+func (p *process) render(dst []byte, names []string, f Faults) []byte {
+	o := &p.e.opts
+	pg := p.e.registry.page(pageKey{
+		model: o.Model, generation: o.Generation, blockSize: o.BlockSize, blocks: o.NumBlocks,
+		maxLoRAs: o.MaxLoRAs, padding: o.MetricsPage.Padding,
+	})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gauges(f)
+	for i := range pg.families {
+		fam := &pg.families[i]
+		if f.Metrics == metricsMissing && isGauge(fam.name) {
+			continue
+		}
+		dst = p.meter.family(dst, fam, names, o.MaxLoRAs)
+	}
+	return dst
+}
+
+// isGauge reports whether a family is one of the load gauges that faults take away.
+func isGauge(name string) bool {
+	return strings.HasPrefix(name, "vllm:num_requests_") || strings.HasSuffix(name, "_cache_usage_perc")
+}
+
+// gauges brings the gauges up to date.
+func (p *process) gauges(f Faults) {
+	m, s := &p.meter, metricSlots()
+	capacity, adapter := p.waiting()
+	set := func(slot, v int) { m.values[slot] = float64(v) }
+	set(s.running, p.running)
+	set(s.waiting, capacity+adapter+p.deferred)
+	set(s.capacity, capacity)
+	set(s.deferred, p.deferred+adapter)
+	set(s.fetching, p.fetching)
+	m.values[s.usage] = p.cache.usage()
+	idle := p.running+capacity+adapter+p.deferred == 0
+	if f.Metrics == metricsNaN || (idle && p.e.opts.MetricsPage.IdleNaN) {
+		for _, slot := range []int{s.running, s.waiting, s.capacity, s.deferred, s.usage} {
+			m.values[slot] = math.NaN()
+		}
+	}
+	if p.opts.MaxLoRAs > 0 {
+		p.loraGauge()
+	}
+}
+
+// loraGauge adds or touches the series of the adapters in use now.
+func (p *process) loraGauge() {
+	var now loraSeries
+	now.at = unixSeconds(time.Now())
+	var run, wait []string
+	for name := range p.adapters {
+		run = append(run, name)
+	}
+	for el := p.queue.Front(); el != nil; el = el.Next() {
+		if g := el.Value.(*ticket).g; g.lora != "" && !slices.Contains(wait, g.lora) {
+			wait = append(wait, g.lora)
+		}
+	}
+	slices.Sort(run)
+	slices.Sort(wait)
+	now.running, now.waiting = strings.Join(run, ","), strings.Join(wait, ",")
+	for i, old := range p.meter.lora {
+		if old.running == now.running && old.waiting == now.waiting {
+			p.meter.lora[i].at = now.at
+			return
+		}
+	}
+	p.meter.lora = append(p.meter.lora, now)
+}
+
+// family appends one family, or those of its samples that names select.
+func (m *meter) family(dst []byte, f *family, names []string, maxLoRAs int) []byte {
+	start := len(dst)
+	dst = append(dst, f.head...)
+	empty := len(dst)
+	if f.dynamic && (len(names) == 0 || slices.Contains(names, f.name)) {
+		dst = m.loraLines(dst, maxLoRAs)
+	}
+	for i := range f.samples {
+		s := &f.samples[i]
+		if len(names) > 0 && !slices.Contains(names, s.name) {
+			continue
+		}
+		dst = append(dst, s.prefix...)
+		switch s.slot {
+		case fixedValue:
+			dst = append(dst, s.fixed...)
+		case startTime:
+			dst = append(dst, m.created...)
+		default:
+			dst = appendFloat(dst, m.values[s.slot])
+		}
+		dst = append(dst, '\n')
+	}
+	if len(names) > 0 && len(dst) == empty {
+		return dst[:start]
+	}
+	return dst
+}
+
+func (m *meter) loraLines(dst []byte, maxLoRAs int) []byte {
+	for _, l := range m.lora {
+		dst = append(dst, loraFamily+`{max_lora="`...)
+		dst = strconv.AppendInt(dst, int64(maxLoRAs), 10)
+		dst = append(dst, `",running_lora_adapters="`+l.running+`",waiting_lora_adapters="`+l.waiting+`"} `...)
+		dst = appendFloat(dst, l.at)
+		dst = append(dst, '\n')
+	}
+	return dst
+}

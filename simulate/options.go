@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/netip"
+	"time"
+)
+
+// Options say what one engine is. The zero value is a fast idle vLLM 0.32 on a free port. Durations: zero means the
+// default, a negative one means none, and each is multiplied by Scale.
+type Options struct {
+	// Identity.
+	Name       string // default "engine"
+	Role       string // "prefill", "decode", "prefill-decode", ""; a label only: any engine plays both KV roles
+	Addr       string // ip:port to listen on; default 127.0.0.1:0
+	Model      string // served model name; default "tiny"
+	Generation string // "" is vLLM 0.32; "old" has flat block ids, no handle after a stop finish, old metric names
+	Seed       uint64 // seeds ids and fault draws; 0 draws a seed
+
+	// Capacity.
+	BlockSize   int // tokens per KV block; default 16 (vLLM on CPU: 32)
+	NumBlocks   int // KV blocks, one of them the null block; default 4096
+	MaxNumSeqs  int // sequences that run at once; default 256
+	MaxWaiting  int // sequences that may wait; more are answered 503; 0 is no limit
+	MaxModelLen int // tokens of prompt and answer; default what the blocks hold, 131072 at most
+
+	// Time, real before scaling.
+	Scale            float64       // multiplies every duration; default 1
+	PrefillFixed     time.Duration // per prefill; default 5ms
+	PrefillPerToken  time.Duration // per prompt token that no cache had; default 20µs
+	TransferFixed    time.Duration // per KV pull; default 2ms
+	TransferPerToken time.Duration // per token pulled; default 1µs
+	InterToken       time.Duration // between two tokens of an idle engine; default 5ms
+	LoadStretch      float64       // a full batch is slower by 1+LoadStretch; default 1, negative is none
+	Handshake        time.Duration // first contact of a decode engine with a prefill engine; default 50ms (real pairs: up to 5s)
+	Lease            time.Duration // how long finished prefills stay pinned; default 30s (kv_lease_duration)
+	KeepAlive        time.Duration // idle connections are closed after it; default 5s as uvicorn, 1s at least however small Scale is
+
+	// KV transfer.
+	LoadFailurePolicy string    // "fail" (default): a failed pull is a 500; "recompute": prefill locally
+	RemoteHost        string    // what handles carry; default the engine's address; "localhost" as misconfigured operators have it
+	TPSize            int       // tensor-parallel size in handles; a decode engine dies of a larger one than its own; default 1
+	Peers             *Registry // engines of this process that can pull from each other; nil makes a registry of one
+
+	// Wire.
+	LoRAs            []string // adapters served beside Model
+	MaxLoRAs         int      // adapters that run at once; more wait as deferred; default 1 where LoRAs are
+	RequestIDHeader  bool     // echo x-request-id (--enable-request-id-headers)
+	ScaleOut         bool     // answer /inference/v1/generate (--enable-scale-out)
+	HidePromptDetail bool     // usage.prompt_tokens_details null (without --enable-prompt-tokens-details)
+	MetricsPage      MetricsPage
+
+	// Testing.
+	Faults       Faults
+	RecordBodies int          // requests kept for [Engine.Bodies]; default 256, negative keeps none
+	RecordBytes  int          // bytes of bodies kept; default 16 MiB
+	Logger       *slog.Logger // nil discards
+}
+
+// MetricsPage shapes /metrics.
+type MetricsPage struct {
+	Padding int  // bytes of further histogram families at the end of the page
+	IdleNaN bool // gauges of an idle engine are NaN
+}
+
+// timing holds the scaled durations.
+type timing struct {
+	prefillFixed, prefillPerToken   time.Duration
+	transferFixed, transferPerToken time.Duration
+	interToken, handshake, lease    time.Duration
+	keepAlive                       time.Duration
+	stretch                         float64
+}
+
+const (
+	defaultBlockSize = 16
+	defaultBlocks    = 4096
+	defaultSeqs      = 256
+	maxDefaultLen    = 131072
+	minKeepAlive     = time.Second
+	policyFail       = "fail"
+	policyRecompute  = "recompute"
+	generationOld    = "old"
+)
+
+func orDefault[T int | float64 | string](v *T, def T) {
+	var zero T
+	if *v == zero {
+		*v = def
+	}
+}
+
+func (o Options) withDefaults() (Options, error) {
+	orDefault(&o.Name, "engine")
+	orDefault(&o.Addr, "127.0.0.1:0")
+	orDefault(&o.Model, "tiny")
+	orDefault(&o.BlockSize, defaultBlockSize)
+	orDefault(&o.NumBlocks, defaultBlocks)
+	orDefault(&o.MaxNumSeqs, defaultSeqs)
+	orDefault(&o.Scale, 1)
+	orDefault(&o.LoadStretch, 1)
+	orDefault(&o.LoadFailurePolicy, policyFail)
+	orDefault(&o.TPSize, 1)
+	orDefault(&o.RecordBodies, 256)
+	orDefault(&o.RecordBytes, 16<<20)
+	if len(o.LoRAs) > 0 {
+		orDefault(&o.MaxLoRAs, 1)
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if err := o.check(); err != nil {
+		return o, fmt.Errorf("simulate options: %w", err)
+	}
+	orDefault(&o.MaxModelLen, min((o.NumBlocks-1)*o.BlockSize, maxDefaultLen))
+	return o, o.Faults.check()
+}
+
+func (o *Options) check() error {
+	var errs []error
+	if _, err := netip.ParseAddrPort(o.Addr); err != nil {
+		errs = append(errs, fmt.Errorf("Addr: %w", err))
+	}
+	if o.BlockSize < 1 || o.NumBlocks < 2 || o.NumBlocks > math.MaxInt32 {
+		errs = append(errs, fmt.Errorf("BlockSize %d, NumBlocks %d: must be at least 1 and 2", o.BlockSize, o.NumBlocks))
+	}
+	if o.MaxNumSeqs < 1 || o.MaxWaiting < 0 || o.MaxModelLen < 0 || o.TPSize < 1 {
+		errs = append(errs, errors.New("MaxNumSeqs, MaxWaiting, MaxModelLen, TPSize: must not be negative"))
+	}
+	if !(o.Scale > 0) || math.IsInf(o.Scale, 0) {
+		errs = append(errs, fmt.Errorf("Scale: %v, must be > 0", o.Scale))
+	}
+	if o.LoadFailurePolicy != policyFail && o.LoadFailurePolicy != policyRecompute {
+		errs = append(errs, fmt.Errorf("LoadFailurePolicy: %q, must be fail or recompute", o.LoadFailurePolicy))
+	}
+	if o.Generation != "" && o.Generation != generationOld {
+		errs = append(errs, fmt.Errorf("Generation: %q, must be empty or old", o.Generation))
+	}
+	return errors.Join(errs...)
+}
+
+func (o *Options) timing() timing {
+	t := timing{
+		prefillFixed:     o.duration(o.PrefillFixed, 5*time.Millisecond),
+		prefillPerToken:  o.duration(o.PrefillPerToken, 20*time.Microsecond),
+		transferFixed:    o.duration(o.TransferFixed, 2*time.Millisecond),
+		transferPerToken: o.duration(o.TransferPerToken, time.Microsecond),
+		interToken:       o.duration(o.InterToken, 5*time.Millisecond),
+		handshake:        o.duration(o.Handshake, 50*time.Millisecond),
+		lease:            o.duration(o.Lease, 30*time.Second),
+		keepAlive:        o.duration(o.KeepAlive, 5*time.Second),
+		stretch:          max(o.LoadStretch, 0),
+	}
+	if o.KeepAlive == 0 {
+		t.keepAlive = max(t.keepAlive, minKeepAlive)
+	}
+	return t
+}
+
+// duration applies default, "none" and scale.
+func (o *Options) duration(d, def time.Duration) time.Duration {
+	if d == 0 {
+		d = def
+	}
+	return time.Duration(float64(max(d, 0)) * o.Scale)
+}

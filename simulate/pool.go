@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// PoolOptions describe a pool of engines in one process.
+type PoolOptions struct {
+	Prefill int // engines named prefill-0, … with role prefill
+	Decode  int // decode-0, … with role decode
+	Both    int // both-0, … with role prefill-decode; with no roles at all the pool is Plain
+	Plain   int // engine-0, … without a role
+
+	Host     string  // address to listen on; default 127.0.0.1
+	BasePort int     // the first engine's port, the others follow; 0 takes free ports
+	Template Options // of every engine; Name, Role, Addr and Peers are set by the pool
+
+	// Of the endpoints file.
+	EndpointsFile string // written by RunPool and removed at its end; "" writes none
+	Namespace     string // default "default"
+}
+
+// Pool is engines that can pull KV from each other.
+type Pool struct {
+	opts    PoolOptions
+	engines []*Engine
+}
+
+// NewPool checks o and makes the engines. It starts nothing.
+func NewPool(o PoolOptions) (*Pool, error) {
+	orDefault(&o.Host, "127.0.0.1")
+	orDefault(&o.Namespace, "default")
+	p := &Pool{opts: o}
+	peers := NewRegistry()
+	groups := []struct {
+		name, role string
+		n          int
+	}{{"prefill", "prefill", o.Prefill}, {"decode", "decode", o.Decode}, {"both", "prefill-decode", o.Both}, {"engine", "", o.Plain}}
+	var errs []error
+	for _, g := range groups {
+		for i := range g.n {
+			one := o.Template
+			one.Name, one.Role, one.Peers = g.name+"-"+strconv.Itoa(i), g.role, peers
+			port := 0
+			if o.BasePort > 0 {
+				port = o.BasePort + len(p.engines)
+			}
+			one.Addr = net.JoinHostPort(o.Host, strconv.Itoa(port))
+			e, err := New(one)
+			errs = append(errs, err)
+			p.engines = append(p.engines, e)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	if len(p.engines) == 0 {
+		return nil, errors.New("pool of no engines")
+	}
+	return p, nil
+}
+
+// Start starts every engine, or none.
+func (p *Pool) Start() error {
+	for _, e := range p.engines {
+		if err := e.Start(); err != nil {
+			return errors.Join(err, p.Close())
+		}
+	}
+	return nil
+}
+
+// Close ends every engine.
+func (p *Pool) Close() error {
+	errs := make([]error, 0, len(p.engines))
+	for _, e := range p.engines {
+		errs = append(errs, e.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Engines are the pool's engines: prefill first, then decode, both, plain.
+func (p *Pool) Engines() []*Engine { return p.engines }
+
+// Engine returns the engine of that name, nil when there is none.
+func (p *Pool) Engine(name string) *Engine {
+	for _, e := range p.engines {
+		if e.Name() == name {
+			return e
+		}
+	}
+	return nil
+}
+
+// WriteEndpoints writes the file that llm-d's file-discovery and Baton read. The file appears at once, whole.
+func (p *Pool) WriteEndpoints(path string) error {
+	var b strings.Builder
+	b.WriteString("# Written by baton simulate.\nendpoints:\n")
+	for _, e := range p.engines {
+		a := e.Addr()
+		fmt.Fprintf(&b, "- name: %s\n  namespace: %s\n  address: %q\n  port: \"%d\"\n  labels:\n", e.Name(), p.opts.Namespace, a.Addr(), a.Port())
+		if e.Role() != "" {
+			fmt.Fprintf(&b, "    llm-d.ai/role: %s\n", e.Role())
+		}
+		b.WriteString("    baton-epp/sidecar: \"false\"\n")
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".endpoints-*")
+	if err != nil {
+		return fmt.Errorf("endpoints file: %w", err)
+	}
+	_, err = tmp.WriteString(b.String())
+	err = errors.Join(err, tmp.Chmod(0o644), tmp.Close())
+	if err == nil {
+		err = os.Rename(tmp.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("endpoints file: %w", err), os.Remove(tmp.Name()))
+	}
+	return nil
+}
+
+// RunPool starts a pool, writes its endpoints file, and serves until ctx ends. It returns after everything has ended.
+func RunPool(ctx context.Context, o PoolOptions, logger *slog.Logger) error {
+	if o.Template.Logger == nil {
+		o.Template.Logger = logger
+	}
+	p, err := NewPool(o)
+	if err != nil {
+		return err
+	}
+	if err := p.Start(); err != nil {
+		return err
+	}
+	if o.EndpointsFile != "" {
+		if err := p.WriteEndpoints(o.EndpointsFile); err != nil {
+			return errors.Join(err, p.Close())
+		}
+	}
+	<-ctx.Done()
+	err = p.Close()
+	if o.EndpointsFile != "" {
+		err = errors.Join(err, os.Remove(o.EndpointsFile))
+	}
+	return err
+}

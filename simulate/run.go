@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+)
+
+// How a run can end without an answer.
+var (
+	errClientGone = errors.New("client gone")
+	errLoadFailed = errors.New("KV load failed")
+	errQueueFull  = errors.New("waiting queue full")
+)
+
+// diedError ends the engine process once the client has its answer.
+type diedError struct{ reason string }
+
+func (d *diedError) Error() string { return "engine died: " + d.reason }
+
+const (
+	finishLength = "length"
+	finishStop   = "stop"
+	finishError  = "error"
+
+	stateQueued   = "queued"
+	stateDeferred = "deferred"
+	statePull     = "pull"
+	statePrefill  = "prefill"
+	stateDecode   = "decode"
+)
+
+// emitter is told each generated token in order; text is what it adds to the answer.
+type emitter func(q *sequence, token uint32, text string) error
+
+// newGroup makes the sequences of a request.
+func (p *process) newGroup(c *call) *group {
+	g := &group{id: c.id, lora: c.lora, arrived: time.Now(), state: stateQueued}
+	if c.transfer != nil && c.transfer.doRemotePrefill {
+		g.remote = c.transfer
+	}
+	salt := uint64(0)
+	if c.cacheSalt != "" {
+		salt = hashText(c.cacheSalt)
+	}
+	root := hashText(c.model)
+	for i, prompt := range c.prompts {
+		var first *sequence
+		keys := chain(root, prompt, p.cache.size)
+		whole := chainHash(root, prompt)
+		for j := range c.n {
+			q := &sequence{
+				index: i*c.n + j, prompt: len(prompt), salt: salt, root: root, sibling: first,
+				tokens: prompt[:len(prompt):len(prompt)], chain: keys[:len(keys):len(keys)],
+				id: c.sequenceID(i, j) + "-" + p.e.hex(4), seed: mix(whole ^ c.answerSeed(j)),
+			}
+			if first == nil {
+				first = q
+			}
+			g.seqs = append(g.seqs, q)
+		}
+	}
+	g.slots = min(len(g.seqs), p.e.opts.MaxNumSeqs)
+	return g
+}
+
+// run takes g through queue, pull or prefill, and decode. On success the blocks of a prefill leg are pinned and its
+// handle is returned; otherwise everything is freed.
+func (p *process) run(ctx context.Context, c *call, g *group, emit emitter) error {
+	err := p.serveGroup(ctx, c, g, emit)
+	if err == nil {
+		return nil
+	}
+	p.mu.Lock()
+	p.leave(g)
+	if errors.Is(err, errLoadFailed) {
+		p.meter.finished(g, finishError)
+	}
+	p.mu.Unlock()
+	if errors.Is(err, errClientGone) {
+		p.e.letGo(g.remote)
+		generated := 0
+		for _, q := range g.seqs {
+			generated += len(q.generated)
+		}
+		p.e.records.abort(Abort{At: time.Now(), RequestID: g.id, State: g.state, Tokens: generated})
+	}
+	return err
+}
+
+// full reports, and counts, that the queue has no room for g.
+func (p *process) full(g *group) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.tooMany(g) {
+		return false
+	}
+	p.meter.add(metricSlots().rejected, 1)
+	return true
+}
+
+func (p *process) serveGroup(ctx context.Context, c *call, g *group, emit emitter) error {
+	if err := p.judge(ctx, g); err != nil {
+		return err
+	}
+	t := &ticket{g: g, blocks: true, slots: g.remote == nil, ready: make(chan struct{})}
+	p.mu.Lock()
+	ok := p.submit(t, false)
+	if !ok {
+		p.meter.add(metricSlots().rejected, 1)
+	}
+	p.mu.Unlock()
+	if !ok {
+		p.e.letGo(g.remote)
+		return errQueueFull
+	}
+	if !p.admitted(ctx, t) {
+		return errClientGone
+	}
+	queued := time.Since(g.arrived)
+	if err := p.load(ctx, g); err != nil {
+		return err
+	}
+	start := time.Now()
+	if !p.compute(ctx, g) {
+		return errClientGone
+	}
+	p.mu.Lock()
+	p.meter.prefilled(g, c, queued, time.Since(start))
+	g.state = stateDecode
+	p.mu.Unlock()
+	return p.decode(ctx, c, g, emit)
+}
+
+// judge does what a real engine does with a handle that is not whole.
+func (p *process) judge(ctx context.Context, g *group) error {
+	if g.remote == nil {
+		return nil
+	}
+	switch g.remote.flaw(p.e.opts.TPSize) {
+	case flawDies:
+		return &diedError{"AssertionError: remote_block_ids"}
+	case flawHangs:
+		p.mu.Lock()
+		g.state = stateDeferred
+		p.active[g] = struct{}{}
+		p.deferred += len(g.seqs)
+		p.mu.Unlock()
+		<-ctx.Done()
+		p.mu.Lock()
+		p.deferred -= len(g.seqs)
+		p.mu.Unlock()
+		return &diedError{"KeyError: remote_request_id"}
+	case flawIgnored:
+		p.e.records.count(func(t *totals) { t.invalidParams++ })
+		g.remote = nil
+	case flawNone:
+	}
+	return nil
+}
+
+// load pulls the blocks of g's handle, if it has one, and takes its places in the batch.
+func (p *process) load(ctx context.Context, g *group) error {
+	if g.remote == nil {
+		return nil
+	}
+	p.mu.Lock()
+	g.state = statePull
+	p.deferred += len(g.seqs)
+	p.fetching += len(g.seqs)
+	p.meter.externalHit(g)
+	p.mu.Unlock()
+	ok, died := p.pull(ctx, g)
+	t := &ticket{g: g, slots: true, ready: make(chan struct{})}
+	p.mu.Lock()
+	p.deferred -= len(g.seqs)
+	p.fetching -= len(g.seqs)
+	p.mu.Unlock()
+	switch {
+	case died != "":
+		return &diedError{died}
+	case ctx.Err() != nil:
+		return errClientGone
+	case !ok && p.e.opts.LoadFailurePolicy == policyFail:
+		return errLoadFailed
+	}
+	p.mu.Lock()
+	p.submit(t, true)
+	p.mu.Unlock()
+	if !p.admitted(ctx, t) {
+		return errClientGone
+	}
+	return nil
+}
+
+// compute spends the time of the prefill and fills the blocks; false when the client left meanwhile.
+func (p *process) compute(ctx context.Context, g *group) bool {
+	p.mu.Lock()
+	if g.remote == nil {
+		g.state = statePrefill
+	}
+	stretch := p.stretch()
+	p.mu.Unlock()
+	uncached, pulled := 0, true
+	for _, q := range g.seqs {
+		if q.pulled > 0 {
+			continue
+		}
+		pulled = false
+		if q.sibling == nil {
+			uncached += len(q.tokens) - q.cached
+		}
+	}
+	d := p.e.timing.prefillFixed + time.Duration(float64(uncached)*float64(p.e.timing.prefillPerToken)*stretch)
+	if pulled { // one step for the last token
+		d = time.Duration(float64(p.e.timing.interToken) * stretch)
+	}
+	var sl sleeper
+	defer sl.close()
+	if !sl.sleep(ctx, d) {
+		return false
+	}
+	p.mu.Lock()
+	for _, q := range g.seqs {
+		q.created += p.computed(q)
+	}
+	p.mu.Unlock()
+	return true
+}
+
+// stretch is how much slower the batch is than one sequence alone.
+func (p *process) stretch() float64 {
+	return 1 + p.e.timing.stretch*float64(max(p.running-1, 0))/float64(p.e.opts.MaxNumSeqs)
+}
+
+// decode generates the answers, a token of each per step.
+func (p *process) decode(ctx context.Context, c *call, g *group, emit emitter) error {
+	g.first = time.Now()
+	var sl sleeper
+	defer sl.close()
+	next := g.first
+	for {
+		live, err := p.step(c, g, emit)
+		if err != nil {
+			return err
+		}
+		if !live {
+			return nil
+		}
+		p.mu.Lock()
+		next = next.Add(time.Duration(float64(p.e.timing.interToken) * p.stretch()))
+		p.mu.Unlock()
+		if late := time.Since(next); late > time.Second {
+			next = next.Add(late) // a stall is not made up for
+		}
+		if !sl.until(ctx, next) {
+			return errClientGone
+		}
+		for !p.growAll(g) {
+			if !p.preempt(ctx, g) {
+				return errClientGone
+			}
+		}
+	}
+}
+
+// step generates one token of every answer that has no end yet.
+func (p *process) step(c *call, g *group, emit emitter) (live bool, err error) {
+	made := 0
+	for _, q := range g.seqs {
+		if q.finish != "" {
+			continue
+		}
+		token := q.next()
+		text := c.advance(q, tokenText(token))
+		made++
+		live = live || q.finish == ""
+		if err := emit(q, token, text); err != nil {
+			return false, err
+		}
+	}
+	p.mu.Lock()
+	p.meter.add(metricSlots().generationTokens, float64(made))
+	p.mu.Unlock()
+	return live, nil
+}
+
+// advance adds text to q and decides whether the answer ends here. It returns the part of text that belongs to it.
+func (c *call) advance(q *sequence, text string) string {
+	before := len(q.text)
+	q.text = append(q.text, text...)
+	made := len(q.generated)
+	if made >= c.minTokens {
+		for _, s := range c.stop {
+			window := max(0, before-len(s))
+			if i := strings.Index(string(q.text[window:]), s); i >= 0 {
+				q.text = q.text[:window+i]
+				q.finish, q.stopReason = finishStop, s
+				return string(q.text[min(before, len(q.text)):])
+			}
+		}
+		if c.natural && made >= naturalLength(q.seed) {
+			q.finish = finishStop
+		}
+	}
+	if made >= c.limit(q) {
+		q.finish = finishLength
+	}
+	return text
+}
+
+// naturalLength is after how many tokens an answer without a limit ends by itself: 16 to 127.
+func naturalLength(seed uint64) int { return 16 + int(mix(seed)%112) }
+
+// growAll adds the KV of the last token of every living answer; false when a block is missing.
+func (p *process) growAll(g *group) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, q := range g.seqs {
+		if q.finish != "" || len(q.tokens) >= q.prompt+len(q.generated) {
+			continue
+		}
+		if !p.grow(q, q.generated[len(q.tokens)-q.prompt]) {
+			return false
+		}
+	}
+	return true
+}
+
+// preempt sends g back to the head of the queue, without its blocks, and computes it anew once they are there.
+func (p *process) preempt(ctx context.Context, g *group) bool {
+	t := &ticket{g: g, blocks: true, slots: true, ready: make(chan struct{})}
+	p.mu.Lock()
+	p.unplace(g)
+	for _, q := range g.seqs {
+		p.drop(q)
+		q.pulled = 0
+	}
+	p.meter.add(metricSlots().preemptions, float64(len(g.seqs)))
+	p.submit(t, true)
+	p.mu.Unlock()
+	return p.admitted(ctx, t) && p.compute(ctx, g)
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package simulate
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"log/slog"
+	"time"
+)
+
+// transfer is a request's kv_transfer_params.
+type transfer struct {
+	raw             json.RawMessage
+	doRemoteDecode  bool
+	doRemotePrefill bool
+	blocks          []int64 // of all groups
+	hasBlocks       bool    // remote_block_ids is an array
+	engineID        string
+	requestID       string
+	host            string
+	port            int
+	tpSize          int
+	cachedTokens    int // remote_prefill_cached_tokens
+}
+
+// flaw is what a real decode engine makes of a handle that is not whole.
+type flaw int
+
+const (
+	flawNone    flaw = iota
+	flawDies         // the engine process ends with an AssertionError
+	flawHangs        // the request waits for ever; when its client leaves the engine dies with a KeyError
+	flawIgnored      // a warning, and everything is computed locally
+)
+
+func (t *transfer) flaw(ownTP int) flaw {
+	switch {
+	case !t.hasBlocks, t.tpSize > ownTP:
+		return flawDies
+	case t.engineID == "", t.host == "", t.port == 0:
+		return flawIgnored
+	case t.requestID == "":
+		return flawHangs
+	case len(t.blocks) == 0:
+		return flawIgnored
+	}
+	return flawNone
+}
+
+// bytesPerToken is the size of the KV of one token, as in the captures: 458752 bytes for 7 blocks of 32.
+const bytesPerToken = 2048
+
+// heartbeats per lease; each extends the lease by two thirds of it.
+const heartbeats = 6
+
+// pull fetches the blocks of g's handle. It returns false when the pull failed. died names why the engine process ends.
+func (p *process) pull(ctx context.Context, g *group) (ok bool, died string) {
+	t := g.remote
+	peer, wait := p.reach(t)
+	var sl sleeper
+	defer sl.close()
+	if peer == nil {
+		sl.sleep(ctx, p.scaled(wait))
+		return p.pullFailed(t, "prefill engine not reached"), ""
+	}
+	peer.extend(t.requestID)
+	if wait > 0 && !sl.sleep(ctx, wait) {
+		return false, "" // left during the handshake; abort notifies
+	}
+	tokens := 0
+	for _, q := range g.seqs {
+		tokens = max(tokens, q.prompt-q.cached)
+	}
+	end := time.Now().Add(p.e.timing.transferFixed + time.Duration(tokens)*p.e.timing.transferPerToken)
+	// A pull that runs is not interrupted by the client's leaving.
+	if !sl.until(context.WithoutCancel(ctx), end) {
+		return false, ""
+	}
+	contents, inside := peer.read(t.blocks)
+	if contents == nil {
+		return p.pullFailed(t, "prefill engine gone"), ""
+	}
+	if !inside {
+		return p.pullFailed(t, "block ids out of range"), ""
+	}
+	return p.store(g, peer, contents)
+}
+
+// reach finds the engine that a handle names, shaking hands at first contact. wait is how long the handshake takes, or
+// how long it takes to fail.
+func (p *process) reach(t *transfer) (peer *process, wait time.Duration) {
+	p.mu.Lock()
+	_, known := p.agents[t.engineID]
+	p.mu.Unlock()
+	if known { // host and port are not looked at again
+		if peer = p.e.registry.byID(t.engineID); peer != nil {
+			return peer, 0
+		}
+		return nil, waitGone
+	}
+	peer, wait = p.e.registry.dial(p, t.host, t.port)
+	if peer == nil {
+		return nil, wait
+	}
+	if peer.id != t.engineID {
+		return nil, waitWrongEngine
+	}
+	p.mu.Lock()
+	p.agents[t.engineID] = struct{}{}
+	p.mu.Unlock()
+	return peer, p.e.timing.handshake
+}
+
+// read copies what blocks hold; nil when the process has ended.
+func (p *process) read(ids []int64) ([]blockContent, bool) {
+	if p.e.running() != p {
+		return nil, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out, ok := p.cache.peek(ids)
+	if !ok {
+		return []blockContent{}, false
+	}
+	return out, true
+}
+
+// store puts pulled blocks in place, tells the prefill engine and records the pull.
+func (p *process) store(g *group, peer *process, contents []blockContent) (ok bool, died string) {
+	t := g.remote
+	rec := Pull{At: time.Now(), From: peer.e.opts.Name, To: p.e.opts.Name, RequestID: t.requestID, Verbatim: peer.verbatim(t)}
+	p.mu.Lock()
+	for _, q := range g.seqs {
+		n := len(q.blocks) - q.cached/p.cache.size
+		if n > len(contents) {
+			p.mu.Unlock()
+			return false, "AssertionError: more local blocks than remote ones"
+		}
+		p.storeOne(q, contents[len(contents)-n:])
+		rec.Tokens += q.remote
+		rec.Blocks += n
+		rec.Wrong = rec.Wrong || q.wrong != 0
+	}
+	rec.Bytes = rec.Blocks * p.cache.size * bytesPerToken
+	p.meter.pulled(rec, p.e.timing)
+	p.mu.Unlock()
+	p.e.records.pull(rec)
+	peer.notify(t.requestID)
+	return true, ""
+}
+
+func (p *process) storeOne(q *sequence, contents []blockContent) {
+	first := q.cached / p.cache.size
+	for i, c := range contents {
+		at := first + i
+		parent := q.root
+		if at > 0 && at <= len(q.chain) {
+			parent = q.chain[at-1]
+		}
+		want := q.tokens[at*p.cache.size : min((at+1)*p.cache.size, len(q.tokens))]
+		full := chainHash(parent, want)
+		if !c.holds(parent, want, full) {
+			q.wrong ^= mix(c.content+uint64(i)) | 1 //nolint:gosec // an index
+			full = c.content
+		}
+		key := uint64(0)
+		if at < len(q.chain) {
+			key = q.key(q.chain[at])
+		}
+		p.cache.fill(q.blocks[at], key, full)
+	}
+	q.pulled = len(q.blocks)
+	q.remote = q.prompt - q.cached
+}
+
+// pullFailed records a failed pull. It returns false.
+func (p *process) pullFailed(t *transfer, why string) bool {
+	p.mu.Lock()
+	p.meter.add(metricSlots().failedTransfers, 1)
+	p.mu.Unlock()
+	p.e.records.pull(Pull{At: time.Now(), To: p.e.opts.Name, RequestID: t.requestID, Err: why})
+	p.e.log.Debug("pull failed", slog.String("request_id", t.requestID), slog.String("reason", why))
+	return false
+}
+
+func (p *process) scaled(d time.Duration) time.Duration {
+	return time.Duration(float64(d) * p.e.opts.Scale)
+}
+
+// verbatim reports whether t is, byte for byte, the handle that this process gave out.
+func (p *process) verbatim(t *transfer) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.leases[t.requestID]
+	return l != nil && bytes.Equal(bytes.TrimSpace(l.raw), bytes.TrimSpace(t.raw))
+}
+
+// heartbeat extends the lease behind a handle that waits here.
+func (e *Engine) heartbeat(t *transfer) {
+	if peer := e.registry.byID(t.engineID); peer != nil {
+		peer.extend(t.requestID)
+	}
+}
+
+// letGo tells the prefill engine that nobody will read the blocks of a handle: vLLM's empty-read notification.
+func (e *Engine) letGo(t *transfer) {
+	if t == nil || t.requestID == "" {
+		return
+	}
+	if peer := e.registry.byID(t.engineID); peer != nil {
+		peer.notify(t.requestID)
+	}
+}
