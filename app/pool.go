@@ -18,6 +18,7 @@ import (
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/scorers"
+	"github.com/baton-epp/baton/sidecar"
 )
 
 // errNoSource: nothing says which endpoints there are.
@@ -66,24 +67,59 @@ func newScheduler(c *config.Config, file string, reg prometheus.Registerer, trac
 
 // source is the file-discovery plugin that dataLayer.discovery names. Its path is relative to the configuration file.
 func (a *App) source() (datastore.Source, error) {
-	d := a.config.DataLayer.Discovery
-	if d.PluginRef == "" {
+	ref := a.config.DataLayer.Discovery.PluginRef
+	if ref == "" {
 		return nil, errNoSource
 	}
-	p, ok := scheduler.Plugins[*scheduler.FileDiscovery](a.scheduler)[d.PluginRef]
-	if !ok {
-		return nil, fmt.Errorf("dataLayer.discovery.pluginRef: %q is not a file-discovery plugin", d.PluginRef)
+	o, err := fileDiscovery(a.config, ref)
+	if err != nil {
+		return nil, err
 	}
-	path := p.Path
-	if !filepath.IsAbs(path) && a.opts.ConfigFile != "" {
-		path = filepath.Join(filepath.Dir(a.opts.ConfigFile), path)
+	if !filepath.IsAbs(o.Path) && a.opts.ConfigFile != "" {
+		o.Path = filepath.Join(filepath.Dir(a.opts.ConfigFile), o.Path)
 	}
-	return datastore.NewFile(datastore.FileOptions{Path: path, WatchFile: p.WatchFile, Logger: a.opts.Logger, Registerer: a.registry})
+	o.Logger, o.Registerer = a.opts.Logger, a.registry
+	return datastore.NewFile(o)
+}
+
+// fileDiscovery reads the parameters of the plugin named ref.
+func fileDiscovery(c *config.Config, ref string) (datastore.FileOptions, error) {
+	for i := range c.Plugins {
+		if p := &c.Plugins[i]; p.Name == ref && p.Type == "file-discovery" {
+			return datastore.DecodeFile(p.Parameters)
+		}
+	}
+	return datastore.FileOptions{}, fmt.Errorf("dataLayer.discovery.pluginRef: %q is not a file-discovery plugin", ref)
 }
 
 // newScraper takes what the metrics-data-source and core-metrics-extractor plugins say, or their defaults.
 func (a *App) newScraper() (*metricsscraper.Scraper, error) {
-	return &metricsscraper.Scraper{}, nil
+	source, engines, err := scraping(a.config)
+	if err != nil {
+		return nil, err
+	}
+	return metricsscraper.New(metricsscraper.Options{
+		Scraping: a.config.Scraping, MinInterval: a.opts.RefreshMetricsInterval, Staleness: a.opts.MetricsStaleness,
+		Source: source, Engines: engines, RefusedMeansNotReady: true, MetricsNames: a.opts.MetricsNames,
+		Logger: a.opts.Logger, Registerer: a.registry,
+	})
+}
+
+// scraping decodes the plugins that say where and how metrics are read.
+func scraping(c *config.Config) (source metricsscraper.Source, engines *metricsscraper.Engines, err error) {
+	source, engines = metricsscraper.DefaultSource(), metricsscraper.DefaultEngines()
+	var errs []error
+	for i := range c.Plugins {
+		switch p := &c.Plugins[i]; p.Type {
+		case "metrics-data-source":
+			source, err = metricsscraper.DecodeSource(p.Parameters)
+			errs = append(errs, err)
+		case "core-metrics-extractor":
+			engines, err = metricsscraper.DecodeEngines(p.Parameters)
+			errs = append(errs, err)
+		}
+	}
+	return source, engines, errors.Join(errs...)
 }
 
 // Check reads a configuration as New would, without opening anything, and returns its resolved form.
@@ -106,5 +142,11 @@ func Check(file string) ([]byte, error) {
 // checkParts builds what a configuration describes and throws it away, so that every problem shows.
 func checkParts(c *config.Config, file string) error {
 	_, err := newScheduler(c, file, prometheus.NewRegistry(), false, "")
-	return err
+	_, _, scrapeErr := scraping(c)
+	var sourceErr error
+	if ref := c.DataLayer.Discovery.PluginRef; ref != "" {
+		_, sourceErr = fileDiscovery(c, ref)
+	}
+	_, sidecarErr := sidecar.New(sidecar.Options{Config: c.Disaggregation, Snapshot: func() *pool.Snapshot { return pool.NewSnapshot(0, false, nil) }})
+	return errors.Join(err, scrapeErr, sourceErr, sidecarErr)
 }

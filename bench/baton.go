@@ -46,6 +46,7 @@ schedulingProfiles:
 const (
 	endpointsHole = "ENDPOINTS_FILE"
 	settleTime    = 1500 * time.Millisecond // after Baton serves: first scrapes of all endpoints
+	profileTime   = 10 * time.Second        // at least: a profile has 100 samples a second of CPU
 	buildLimit    = 5 * time.Minute
 )
 
@@ -174,13 +175,15 @@ func (s *suite) profile(ctx context.Context, c benchCase, baton *server) error {
 		return err
 	}
 	path := filepath.Join(s.opts.CPUProfile, strings.NewReplacer("/", ",", "=", "-").Replace(c.Name)+".pprof")
-	seconds := max(int((s.opts.Warmup+s.opts.Duration)/time.Second), 1)
+	spec := s.spec(c, baton)
+	spec.Duration = max(spec.Duration, profileTime)
+	seconds := int((spec.Warmup + spec.Duration) / time.Second)
 	fetched := make(chan error, 1)
 	go func() {
 		url := fmt.Sprintf("http://%s/debug/pprof/profile?seconds=%d", baton.metrics, seconds)
 		fetched <- fetch(ctx, url, path, time.Duration(seconds)*time.Second+startLimit)
 	}()
-	_, err := s.load(ctx, c, baton)
+	_, err := s.load(ctx, spec, baton)
 	if err = errors.Join(err, <-fetched); err != nil {
 		return fmt.Errorf("profile: %w", err)
 	}

@@ -187,7 +187,7 @@ func (s *suite) measure(ctx context.Context, c benchCase) (*row, error) {
 
 // round puts one round of load on a server.
 func (s *suite) round(ctx context.Context, c benchCase, i int, on *server, into *measured) error {
-	result, err := s.load(ctx, c, on)
+	result, err := s.load(ctx, s.spec(c, on), on)
 	if err != nil {
 		return err
 	}
@@ -199,23 +199,28 @@ func (s *suite) round(ctx context.Context, c benchCase, i int, on *server, into 
 	return nil
 }
 
-// load runs the client in a process of its own.
-func (s *suite) load(ctx context.Context, c benchCase, on *server) (*loadResult, error) {
-	spec, err := json.Marshal(loadSpec{
+// spec is one round of a case.
+func (s *suite) spec(c benchCase, on *server) loadSpec {
+	return loadSpec{
 		Target: on.addr, PID: on.pid(), PromptBytes: c.PromptBytes, Chunks: c.Chunks, FullDuplex: c.FullDuplex,
 		Burst: s.opts.Burst, Piece: s.opts.Piece, Concurrency: c.Concurrency, Connections: s.opts.Connections,
 		Rate: s.opts.Rate, Warmup: s.opts.Warmup, Duration: s.opts.Duration,
-	})
+	}
+}
+
+// load runs the client in a process of its own.
+func (s *suite) load(ctx context.Context, spec loadSpec, on *server) (*loadResult, error) {
+	text, err := json.Marshal(spec)
 	if err != nil {
 		return nil, err
 	}
-	client, err := s.launcher.part(ctx, false, partLoad, "-spec", string(spec))
+	client, err := s.launcher.part(ctx, false, partLoad, "-spec", string(text))
 	if err != nil {
 		return nil, err
 	}
 	defer client.stop()
 	var result loadResult
-	limit := s.opts.Warmup + s.opts.Duration + settleAfter + startLimit
+	limit := spec.Warmup + spec.Duration + settleAfter + startLimit
 	if err := client.read(ctx, limit, &result); err != nil {
 		return nil, err
 	}

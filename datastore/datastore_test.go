@@ -170,10 +170,8 @@ func gather(t *testing.T, reg *prometheus.Registry) map[string]float64 {
 	for _, f := range families {
 		for _, m := range f.GetMetric() {
 			name := f.GetName()
-			for _, l := range m.GetLabel() {
-				if l.GetName() != "name" {
-					name += "{" + l.GetValue() + "}"
-				}
+			if l := m.GetLabel(); len(l) > 0 && l[0].GetName() != "name" {
+				name += "{" + l[0].GetValue() + "}"
 			}
 			out[name] = m.GetCounter().GetValue() + m.GetGauge().GetValue()
 		}

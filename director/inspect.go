@@ -85,11 +85,9 @@ func (d *Director) readUnknown(in *Incoming) (*inference.Request, error) {
 	case !isJSON && looks != looksObject:
 		return nil, nil
 	}
-	req, err := inference.Parse(inference.Unknown, in.Body)
-	if err != nil && !isJSON {
-		return nil, nil // text that merely begins like JSON; no server reads transfer fields out of it
-	}
-	return req, err
+	// Engines read JSON more widely than the standard (vLLM also under text/plain), so what looks like an object and
+	// cannot be searched for transfer fields is refused.
+	return inference.Parse(inference.Unknown, in.Body)
 }
 
 type shape uint8

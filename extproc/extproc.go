@@ -73,6 +73,8 @@ type Server struct {
 	log     *slog.Logger
 	metrics *metrics
 
+	gateways gateways
+
 	drainOnce, cutOnce sync.Once
 	draining           chan struct{} // closed: quiet streams whose response headers were answered end with OK
 	cutting            chan struct{} // closed: every quiet stream ends with OK

@@ -20,6 +20,7 @@ type responsePhase struct {
 	headers  bool // response headers were answered
 	over     bool // end_of_stream or trailers were seen
 	eof      bool // the gateway ended the stream in order
+	drained  bool // we ended it
 	bytes    int
 	usage    inference.UsageScanner
 	scanning bool
@@ -39,7 +40,7 @@ func (st *stream) respond(first *extprocv3.ProcessingRequest) error {
 		if first = nil; msg == nil {
 			var err error
 			if msg, err = recv(); err != nil {
-				st.response.eof = errors.Is(err, io.EOF)
+				st.response.eof, st.response.drained = errors.Is(err, io.EOF), errors.Is(err, errDrained)
 				return nil
 			}
 		}
@@ -157,24 +158,6 @@ func (st *stream) finish() {
 	if st.exchange != nil {
 		st.exchange.Usage(st.response.usage.Usage(), st.response.bytes)
 		st.exchange.Done(director.EndSeen)
-	}
-}
-
-// end says which of the ways to see a request's end this stream's gateway offers (DESIGN.md 5.1), and counts it.
-func (st *stream) end() director.End {
-	switch {
-	case st.exchange == nil || !st.requestOver || st.immediate:
-		return director.EndUnanswered
-	case st.response.over || (st.response.messages > 0 && st.responseMode != modeNone):
-		st.server.metrics.visibility("bodies")
-		return director.EndSeen
-	case st.response.eof:
-		st.server.metrics.visibility("end")
-		return director.EndSeen
-	default:
-		// A reset after our last answer is how Envoy ends a stream it needs no more of; it is never a client's abort.
-		st.server.metrics.visibility("none")
-		return director.EndUnseen
 	}
 }
 

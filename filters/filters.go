@@ -8,18 +8,6 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// Registry lists the filters by llm-d's type names.
-func Registry() scheduler.Registry {
-	return scheduler.Registry{
-		"label-selector-filter": newLabelSelector,
-		"by-label-selector":     scheduler.Deprecated(newLabelSelector, "use label-selector-filter"),
-		"by-label":              scheduler.Deprecated(newByLabel, "use label-selector-filter"),
-		"decode-filter":         newDecodeRole,
-		"prefill-filter":        newPrefillRole,
-		"encode-filter":         newEncodeRole,
-	}
-}
-
 // keep moves the candidates that ok accepts to the front, in their order, and returns how many they are; the others
 // stay behind them.
 func keep(cands []scheduler.Candidate, ok func(c *scheduler.Candidate) bool) int {

@@ -103,7 +103,7 @@ func TestAllocations(t *testing.T) {
 	f := func(name string, limit float64, api API, body []byte) {
 		t.Helper()
 		b := split(body, nil)
-		n := testing.AllocsPerRun(100, func() {
+		n := testing.AllocsPerRun(20, func() {
 			if _, err := Parse(api, b); err != nil {
 				t.Fatal(err)
 			}

@@ -26,7 +26,7 @@ type Edits struct {
 type edit struct {
 	name  string
 	value []byte // nil to remove
-	index int    // of the last member of that name, -1 when there is none; found while building
+	done  bool   // while building: the value has found its member
 }
 
 // Edit starts an empty list of edits of r's body.

@@ -111,19 +111,21 @@ type Request struct {
 	Model     string
 	HasModel  bool
 	Stream    bool
-	MaxTokens int64 // the limit that applies to this API's answer; 0 = none sent
-	N         int64 // choices asked for; 1 when absent
+	MaxTokens int64 // the limit that applies to this API's answer, 31 bits at most; 0 = none sent, or none that is positive
+	N         int64 // choices asked for, 31 bits at most; 1 when absent
 	Prompts   int   // prompts in a batch; 1 for chat
 	// Text lists, in body order, what the engine will tokenize: contents of JSON strings without their quotes and
-	// still escaped, or whole arrays of token ids (see TokenIDs).
+	// still escaped, whole arrays of token ids (see TokenIDs), or the whole value of tools, tool_calls and a tool's
+	// input. There are 16,384 at most: then the last one reaches over all that follows.
 	Text      []Span
-	TextBytes int // sum of the spans
-	TokenIDs  int // number of token ids when the prompt is token ids; 0 for text
-	Media     []Media
+	TextBytes int     // sum of the spans
+	TokenIDs  int     // number of token ids when the prompt is token ids; 0 for text
+	Media     []Media // in body order, 4,096 at most
 	CacheSalt string
 	Bars      Bar
 	// HasTransferFields says that the client sent fields that only a router may send (kv_transfer_params and its
-	// like, DESIGN.md 3.6), at the top level or in sampling_params.extra_args; [Edits.StripTransferFields] removes them.
+	// like, DESIGN.md 3.6), at the top level or in an object that becomes an engine's sampling_params or their
+	// extra_args; [Edits.StripTransferFields] removes them.
 	HasTransferFields bool
 
 	scan scanned // offsets for edits

@@ -230,22 +230,22 @@ func TestHostile(t *testing.T) {
 		}
 	}
 	list := func(item string, n int) string { return strings.TrimSuffix(strings.Repeat(item+",", n), ",") }
-	const million = 1 << 20
-	f("empty messages", Chat, true, `{"messages":[`+list(`{}`, million)+`]}`)
-	f("empty texts", Chat, true, `{"messages":[`+list(`{"role":"","content":""}`, million)+`]}`)
-	f("short texts", Completions, true, `{"prompt":[`+list(`"a"`, million)+`]}`)
-	f("media", Chat, true, `{"messages":[{"content":[`+list(`{"image_url":"a"}`, million/4)+`]}]}`)
-	f("duplicate roles", Chat, true, `{"messages":[{"content":[`+list(`"a"`, 100_000)+`],`+list(`"role":"a"`, million/4)+`}]}`)
-	f("duplicate contents", Chat, true, `{"messages":[{`+list(`"content":["a","b"],"role":"c"`, million/4)+`}]}`)
-	f("duplicate messages", Chat, false, `{`+list(`"messages":["a"]`, million/4)+`}`)
-	f("fields", Chat, false, `{`+list(`"a":1`, million)+`}`)
-	f("fields of an unknown API", Unknown, true, `{`+list(`"a":1`, million)+`}`)
-	f("transfer fields", Unknown, false, `{`+list(`"bootstrap_":1`, million)+`}`)
-	f("sampling parameters", Chat, false, `{`+list(`"sampling_params":{"extra_args":{"bootstrap_":1}}`, million/16)+`}`)
-	f("prompts", Completions, true, `{"prompt":[`+list(`[1]`, million)+`]}`)
+	const many = 1 << 17
+	f("empty messages", Chat, true, `{"messages":[`+list(`{}`, many)+`]}`)
+	f("empty texts", Chat, true, `{"messages":[`+list(`{"role":"","content":""}`, many)+`]}`)
+	f("short texts", Completions, true, `{"prompt":[`+list(`"a"`, many)+`]}`)
+	f("media", Chat, true, `{"messages":[{"content":[`+list(`{"image_url":"a"}`, many/4)+`]}]}`)
+	f("duplicate roles", Chat, true, `{"messages":[{"content":[`+list(`"a"`, many)+`],`+list(`"role":"a"`, many/4)+`}]}`)
+	f("duplicate contents", Chat, true, `{"messages":[{`+list(`"content":["a","b"],"role":"c"`, many/4)+`}]}`)
+	f("duplicate messages", Chat, false, `{`+list(`"messages":["a"]`, many/4)+`}`)
+	f("fields", Chat, false, `{`+list(`"a":1`, many)+`}`)
+	f("fields of an unknown API", Unknown, true, `{`+list(`"a":1`, many)+`}`)
+	f("transfer fields", Unknown, false, `{`+list(`"bootstrap_":1`, many)+`}`)
+	f("sampling parameters", Chat, false, `{`+list(`"sampling_params":{"extra_args":{"bootstrap_":1}}`, many/16)+`}`)
+	f("prompts", Completions, true, `{"prompt":[`+list(`[1]`, many)+`]}`)
 	f("nested lists", Chat, true, `{"messages":`+strings.Repeat("[", 500)+strings.Repeat("]", 500)+`}`)
-	f("deep", Unknown, false, strings.Repeat("[", million))
-	f("escaped keys", Chat, true, `{"x":{`+list(`"\u0061":1`, million/2)+`}}`)
+	f("deep", Unknown, false, strings.Repeat("[", many))
+	f("escaped keys", Chat, true, `{"x":{`+list(`"\u0061":1`, many/2)+`}}`)
 }
 
 func TestChunks(t *testing.T) {

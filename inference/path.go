@@ -20,6 +20,7 @@ var suffixes = [...]struct {
 	{"/v1/messages", Messages},
 	{"/inference/v1/generate", Generate},
 	{"/generate", SGLangGenerate},
+	{"/invocations", Chat}, // vLLM's SageMaker route takes chat and completion bodies alike
 }
 
 // PathAPI tells which API a request's path stands for: the query, a trailing slash and doubled slashes are dropped, then the

@@ -21,15 +21,18 @@ func (e *Edits) build() {
 	e.built = true
 	e.splices = make([]splice, 0, 8) // not reused: a Reader may still be at work on the old chunks
 	scan := &e.req.scan
+	top, sampling := e.withSampling(), e.sampling
 	if e.req.API == Unknown {
-		e.spliceObjects(nil)
-	} else {
-		top := e.withSampling()
-		e.locate(top, scan.top.object)
-		e.locate(e.sampling, scan.sampling.object)
-		e.spliceObjects(top)
-		e.grow(top, scan.top)
-		e.grow(e.sampling, scan.sampling)
+		top, sampling = nil, nil
+	}
+	e.editObject(scan.top, top)
+	e.editObject(scan.sampling, sampling)
+	for records := scan.records; len(records) > 0; {
+		id := records[0].object
+		if id != scan.top.object && id != scan.sampling.object {
+			e.editObject(extent{object: id}, nil)
+		}
+		records = records[len(e.recordsOf(id)):]
 	}
 	// Outer splices come before those inside them, which then count for nothing.
 	slices.SortStableFunc(e.splices, func(a, b splice) int {
@@ -66,73 +69,66 @@ func (e *Edits) recordsOf(object int) []record {
 	return records[i:j]
 }
 
-// locate finds the last member that each edit is about.
-func (e *Edits) locate(edits []edit, object int) {
-	var buf [maxKey]byte
-	records := e.recordsOf(object)
+// editObject replaces and removes members of one object and adds what it does not have.
+func (e *Edits) editObject(at extent, edits []edit) {
+	if at.object < 0 {
+		return
+	}
 	for i := range edits {
-		edits[i].index = -1
-		for j := range slices.Backward(records) {
-			if string(content(buf[:], e.req.Body.Chunks, records[j].key)) == edits[i].name {
-				edits[i].index = records[j].index
-				break
+		edits[i].done = false
+	}
+	left := e.editMembers(at, edits)
+	var added []byte
+	for i := range edits {
+		if x := &edits[i]; !x.done && x.value != nil {
+			added = appendField(added, x, left > 0 || added != nil)
+		}
+	}
+	if added != nil {
+		e.splices = append(e.splices, splice{Span{at.end, at.end}, added})
+	}
+}
+
+// editMembers goes over the members of one object from the last to the first and returns how many stay.
+func (e *Edits) editMembers(at extent, edits []edit) int {
+	members := e.recordsOf(at.object)
+	left := at.members - len(members)
+	var first, last *record // of a run that goes
+	for i := range slices.Backward(members) {
+		m := &members[i]
+		text, gone := e.fate(m, edits)
+		if last != nil && (!gone || first.index != m.index+1) {
+			e.splices = append(e.splices, splice{Span: run(first, last)})
+			last = nil
+		}
+		if gone {
+			if first = m; last == nil {
+				last = m
 			}
-		}
-	}
-}
-
-// spliceObjects replaces and removes members.
-func (e *Edits) spliceObjects(top []edit) {
-	records := e.req.scan.records
-	for len(records) > 0 {
-		id, n := records[0].object, 1
-		for n < len(records) && records[n].object == id {
-			n++
-		}
-		switch id {
-		case e.req.scan.top.object:
-			e.spliceObject(records[:n], top)
-		case e.req.scan.sampling.object:
-			e.spliceObject(records[:n], e.sampling)
-		default:
-			e.spliceObject(records[:n], nil)
-		}
-		records = records[n:]
-	}
-}
-
-func (e *Edits) spliceObject(members []record, edits []edit) {
-	for i := 0; i < len(members); i++ {
-		text, gone := e.fate(&members[i], edits)
-		if text != nil {
-			e.splices = append(e.splices, splice{members[i].value, text})
-		}
-		if !gone {
 			continue
 		}
-		first := i
-		for i+1 < len(members) && members[i+1].index == members[i].index+1 {
-			if _, gone := e.fate(&members[i+1], edits); !gone {
-				break
-			}
-			i++
+		left++
+		if text != nil {
+			e.splices = append(e.splices, splice{m.value, text})
 		}
-		e.splices = append(e.splices, splice{Span: run(&members[first], &members[i])})
 	}
+	if last != nil {
+		e.splices = append(e.splices, splice{Span: run(first, last)})
+	}
+	return left
 }
 
-// fate says what becomes of a member: a new value, or none.
+// fate says what becomes of a member, given that all behind it were asked about: a new value, or none.
 func (e *Edits) fate(m *record, edits []edit) (text []byte, gone bool) {
 	var buf [maxKey]byte
-	if len(edits) > 0 {
-		key := content(buf[:], e.req.Body.Chunks, m.key)
-		for i := range edits {
-			if x := &edits[i]; x.name == string(key) {
-				if x.value != nil && x.index == m.index {
-					return x.value, false
-				}
+	key := content(buf[:], e.req.Body.Chunks, m.key)
+	for i := range edits {
+		if x := &edits[i]; x.name == string(key) {
+			if x.value == nil || x.done {
 				return nil, true
 			}
+			x.done = true
+			return x.value, false
 		}
 	}
 	return nil, e.strip && m.transfer
@@ -148,40 +144,6 @@ func run(first, last *record) Span {
 		return Span{first.key.Start - 1, last.next}
 	}
 	return Span{first.key.Start - 1, last.value.End}
-}
-
-// grow adds at an object's end the fields that it does not have.
-func (e *Edits) grow(edits []edit, at extent) {
-	if at.object < 0 {
-		return
-	}
-	var text []byte
-	comma := false // whether a member stays
-	for i := range edits {
-		x := &edits[i]
-		if x.value == nil || x.index >= 0 {
-			continue
-		}
-		if text == nil {
-			comma = e.anyLeft(edits, at)
-		}
-		text = appendField(text, x, comma)
-		comma = true
-	}
-	if text != nil {
-		e.splices = append(e.splices, splice{Span{at.end, at.end}, text})
-	}
-}
-
-// anyLeft reports whether any member of an object stays.
-func (e *Edits) anyLeft(edits []edit, at extent) bool {
-	records := e.recordsOf(at.object)
-	for i := range records {
-		if _, gone := e.fate(&records[i], edits); !gone {
-			return true
-		}
-	}
-	return len(records) < at.members
 }
 
 func appendField(dst []byte, x *edit, comma bool) []byte {

@@ -25,7 +25,7 @@ func (p *maxScore) Pick(cy *scheduler.Cycle, cands []scheduler.Candidate, want i
 			switch {
 			case cands[i].Score > cands[best].Score:
 				best, tied = i, false
-			case cands[i].Score == cands[best].Score: //nolint:staticcheck // exact: equal facts give equal sums
+			case cands[i].Score == cands[best].Score: // exact, since equal facts give equal sums
 				if !tied {
 					tie, tied = cy.Tie(cands[best].Endpoint), true
 				}

@@ -6,17 +6,7 @@ package pickers
 
 import (
 	"github.com/baton-epp/baton/config"
-	"github.com/baton-epp/baton/scheduler"
 )
-
-// Registry lists the pickers by llm-d's type names.
-func Registry() scheduler.Registry {
-	return scheduler.Registry{
-		"max-score-picker":       newMaxScore,
-		"random-picker":          newRandom,
-		"weighted-random-picker": newWeightedRandom,
-	}
-}
 
 // parameters are those of every picker.
 type parameters struct {

@@ -159,7 +159,7 @@ func (x *Index) lruOf(slot uint32) *lru {
 	}
 	grown := make([]*lru, max(int(slot)+1, 2*len(old)))
 	for i := copy(grown, old); i < len(grown); i++ {
-		grown[i] = &lru{slot: uint32(i)}
+		grown[i] = &lru{slot: uint32(i)} //nolint:gosec // grown to a slot, which is one
 	}
 	x.lrus.Store(&grown)
 	return grown[slot]

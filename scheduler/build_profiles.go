@@ -144,6 +144,7 @@ func (a *assembly) handler(s *Scheduler, profiles map[string]*profile) {
 	s.phases = a.bind(h, found[0], profiles)
 	s.phases.name, s.phases.kind = found[0].name, found[0].kind
 	s.phases.guardRoles = a.builtin()
+	s.phases.pairLabels = a.config.Disaggregation.PairLabels
 }
 
 // bind finds the handler's profiles.

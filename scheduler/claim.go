@@ -15,6 +15,10 @@ const claimCells = 4096
 // failed try means that somebody else succeeded, so the pool as a whole never waits.
 const maxTries = 64
 
+// yieldAfter is the number of tries after which whoever holds the claim is given the processor: it may have lost its
+// own between the two steps of a reservation.
+const yieldAfter = 8
+
 // claims makes "choose and reserve" one step without a lock: every counter is even at rest and odd while a reservation
 // is being counted. A choice reads the counter before the endpoint's load and may reserve only if it has not moved
 // since. Other endpoints may have become busier meanwhile, which only confirms the choice.

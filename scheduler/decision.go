@@ -111,6 +111,7 @@ const (
 	ByHealth = "health"  // not ready, ejected, sleeping or being probed
 	ByRole   = "role"    // no configuration: an endpoint whose role label does not allow decode
 	ByPeer   = "peer"    // prefill on the endpoint that decodes
+	ByPair   = "pair"    // another value of a pair label than the endpoint of the other phase
 	ByRampUp = "ramp-up" // new, and this request is not of its share yet
 )
 

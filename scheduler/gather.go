@@ -138,7 +138,7 @@ func (s *Scheduler) eject(w *work) {
 	}
 	for role := range out {
 		for out[role] > all[role]/2 {
-			w.reprieve(pool.Role(role)) //nolint:gosec // an index of a 256-element array
+			w.reprieve(pool.Role(role))
 			out[role]--
 		}
 	}

@@ -87,7 +87,7 @@ func TestEjected(t *testing.T) {
 			}
 			defer d.Release()
 			got := map[string]bool{}
-			for _, n := range strings.Fields(names(d.Phase(scheduler.PhaseDecode))) {
+			for n := range strings.FieldsSeq(names(d.Phase(scheduler.PhaseDecode))) {
 				got[n] = true
 			}
 			if fmt.Sprint(got) != want {

@@ -2,16 +2,21 @@
 
 package scheduler
 
-import "github.com/baton-epp/baton/pool"
+import (
+	"runtime"
+
+	"github.com/baton-epp/baton/pool"
+)
 
 // phases is what a profile handler comes to: which profile runs for which phase, in which order, and who decides.
 // Immutable.
 type phases struct {
+	name, kind                    string   // of the handler's plugin
 	decode, encode, prefill       *profile // encode and prefill nil = never
 	encodeDecider, prefillDecider Decider
 	prefillFirst                  bool
-	guardRoles                    bool   // no configuration: see ByRole
-	name, kind                    string // of the handler's plugin
+	guardRoles                    bool // no configuration: see ByRole
+	pairLabels                    []string
 }
 
 // profile returns the profile of a phase, nil when there is none.
@@ -24,6 +29,16 @@ func (p *phases) profile(ph Phase) *profile {
 	default:
 		return p.decode
 	}
+}
+
+// pairs reports whether two endpoints agree on every pair label; one that both lack agrees.
+func (p *phases) pairs(a, b *pool.Endpoint) bool {
+	for _, label := range p.pairLabels {
+		if a.Labels[label] != b.Labels[label] {
+			return false
+		}
+	}
+	return true
 }
 
 // Reasons why a phase does or does not run, besides the deciders'.
@@ -78,7 +93,7 @@ func (s *Scheduler) optional(d *Decision, q *Query, ph Phase, p *profile, decide
 		return
 	}
 	w := d.work
-	s.aim(w, q, ph, p, peer)
+	w.aim(ph, p, peer)
 	var decode *Candidate
 	if w.decode.Endpoint != nil {
 		decode = &w.decode
@@ -104,7 +119,7 @@ func reasonNone(removed []Removal) string {
 }
 
 // aim points the cycle at a phase.
-func (s *Scheduler) aim(w *work, q *Query, ph Phase, p *profile, peer *pool.Endpoint) {
+func (w *work) aim(ph Phase, p *profile, peer *pool.Endpoint) {
 	w.cycle.Phase, w.cycle.Profile, w.cycle.Peer = ph, p.name, peer
 	w.cycle.Seed = mix(w.seed + uint64(ph))
 }
@@ -112,11 +127,11 @@ func (s *Scheduler) aim(w *work, q *Query, ph Phase, p *profile, peer *pool.Endp
 // phase runs one profile and fills its pick, again as long as other requests take its choice away.
 func (s *Scheduler) phase(d *Decision, q *Query, ph Phase, p *profile, peer *pool.Endpoint) error {
 	w := d.work
-	s.aim(w, q, ph, p, peer)
+	w.aim(ph, p, peer)
 	tr := s.newTrace(d, p, ph)
 	pick := &d.Picks[ph]
 	for try := 1; ; try++ {
-		pick.Send = p.run(w, max(q.Rank, 1), s.phases.guardRoles, tr)
+		pick.Send = p.run(w, &s.phases, max(q.Rank, 1), tr)
 		if len(w.cands) == 0 {
 			return &NoCandidateError{Profile: p.name, Removed: append([]Removal(nil), w.removed...)}
 		}
@@ -128,6 +143,9 @@ func (s *Scheduler) phase(d *Decision, q *Query, ph Phase, p *profile, peer *poo
 			break
 		}
 		s.metrics.retries.Inc()
+		if try > yieldAfter {
+			runtime.Gosched()
+		}
 		s.reload(w)
 	}
 	if ph == PhaseDecode {

@@ -163,16 +163,37 @@ func TestNoCandidate(t *testing.T) {
 	})
 }
 
+// TestPairLabels: prefill and decode agree on the labels of disaggregation.pairLabels, in either order.
+func TestPairLabels(t *testing.T) {
+	snap := pooltest.Snapshot(
+		pooltest.E("p-old").Role("prefill").Label("rev", "1"), pooltest.E("p-new").Role("prefill").Label("rev", "2").Waiting(5),
+		pooltest.E("d-old").Role("decode").Label("rev", "1").Waiting(5), pooltest.E("d-new").Role("decode").Label("rev", "2"))
+	f := func(order, want string) {
+		t.Helper()
+		text := twoProfiles(`{type: disagg-profile-handler, parameters: {`+order+`}}`) + "disaggregation: {pairLabels: [rev]}\n"
+		d, err := load(t, text).Schedule(query(snap, "x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Release()
+		if got := names(d.Phase(scheduler.PhasePrefill)) + " " + names(d.Phase(scheduler.PhaseDecode)); got != want {
+			t.Errorf("%s: %s, want %s", order, got, want)
+		}
+	}
+	f("deciders: {prefill: always-disagg-pd-decider}", "p-new d-new")
+	f("stageOrder: prefill-first", "p-old d-old")
+}
+
 func TestRepick(t *testing.T) {
 	s, snap := load(t, twoProfiles(`{type: disagg-profile-handler}`)), pdPool()
 	q := query(snap, "x")
-	q.Rank = 2
+	q.Rank, q.Reserve = 2, true
 	pick, err := s.Repick(q, scheduler.PhaseDecode, snap.Endpoints[0])
 	if err != nil || names(&pick) != "d1 d0" {
 		t.Errorf("%s, %v, want d1 d0", names(&pick), err)
 	}
-	if pick.Reservation != nil {
-		t.Error("reserved without being asked")
+	if pick.Reservation != nil || snap.Endpoints[3].Load.Requests() != 0 {
+		t.Error("a repick reserved")
 	}
 	q.Snapshot = pooltest.Snapshot()
 	if _, err = s.Repick(q, scheduler.PhaseDecode, nil); !errors.Is(err, scheduler.ErrNoCandidate) {
@@ -226,10 +247,20 @@ func TestTrace(t *testing.T) {
 		}
 	}
 	want := []any{
-		"decode", "decode", []string{"active-request-scorer", "kv-cache-utilization-scorer"},
-		row{"p0", "decode-filter", 0, 0}, row{"p1", "decode-filter", 0, 0}, row{"d0", "", 1, 2}, row{"e0", "decode-filter", 0, 0}, row{"d1", "health", 0, 0},
-		"prefill", "prefill", []string{"prefix-cache-scorer", "token-load-scorer"},
-		row{"p0", "", 0, 2}, row{"p1", "", 0, 2}, row{"d0", "prefill-filter", 0, 0}, row{"e0", "prefill-filter", 0, 0}, row{"d1", "health", 0, 0},
+		"decode", "decode",
+		[]string{"active-request-scorer", "kv-cache-utilization-scorer"},
+		row{"p0", "decode-filter", 0, 0},
+		row{"p1", "decode-filter", 0, 0},
+		row{"d0", "", 1, 2},
+		row{"e0", "decode-filter", 0, 0},
+		row{"d1", "health", 0, 0},
+		"prefill", "prefill",
+		[]string{"prefix-cache-scorer", "token-load-scorer"},
+		row{"p0", "", 0, 2},
+		row{"p1", "", 0, 2},
+		row{"d0", "prefill-filter", 0, 0},
+		row{"e0", "prefill-filter", 0, 0},
+		row{"d1", "health", 0, 0},
 	}
 	for i, v := range got { // one of the two equal prefillers is first
 		if r, ok := v.(row); ok && strings.HasPrefix(r.Name, "p") {

@@ -40,13 +40,13 @@ type profilePicker struct {
 
 // run leaves the ranked candidates, best first at least as far as want, in w.cands and returns how many may be named
 // to the gateway. No candidates left is no error here. tr is nil unless decisions are traced.
-func (p *profile) run(w *work, want int, guard bool, tr *ProfileTrace) (send int) {
+func (p *profile) run(w *work, ph *phases, want int, tr *ProfileTrace) (send int) {
 	cy := &w.cycle
 	cy.rand = 0
 	w.removed = append(w.removed[:0], w.pooled...)
 	w.cands = append(w.cands[:0], w.rows...)
 	for i := range w.cands {
-		w.cands[i].index = int32(i) //nolint:gosec // a pool has far fewer than 2^31 endpoints
+		w.cands[i].index = int32(i)
 	}
 	tr.begin(p, w)
 	for i := range p.filters {
@@ -56,7 +56,7 @@ func (p *profile) run(w *work, want int, guard bool, tr *ProfileTrace) (send int
 		w.stop(start, f.timer)
 		w.cut(kept, f.name, reason, tr)
 	}
-	w.cutBuiltIn(guard, tr)
+	w.cutBuiltIn(ph, tr)
 	if len(w.cands) == 0 {
 		return 0
 	}
@@ -76,7 +76,7 @@ func (p *profile) score(w *work, tr *ProfileTrace) {
 	for i := range p.scorers {
 		sc := &p.scorers[i]
 		start := w.start()
-		sc.Scorer.Score(&w.cycle, w.cands, out)
+		sc.Score(&w.cycle, w.cands, out)
 		w.stop(start, sc.timer)
 		for j, v := range out {
 			if !(v >= 0 && v <= 1) { // also true for NaN
@@ -103,19 +103,23 @@ func (w *work) cut(kept int, by, reason string, tr *ProfileTrace) {
 const (
 	reasonRole   = "the role label does not allow decode"
 	reasonPeer   = "it decodes this request"
+	reasonPair   = "its labels differ from the other phase's endpoint"
 	reasonRampUp = "new"
 )
 
-// cutBuiltIn applies what no configuration names: the role guard of the default profile, a prefill apart from the
-// endpoint that decodes, the ramp-up of new endpoints.
-func (w *work) cutBuiltIn(guard bool, tr *ProfileTrace) {
-	if guard && w.roles {
+// cutBuiltIn applies what no profile names: the role guard of the default profile, a prefill apart from the endpoint
+// that decodes and of the same kind (disaggregation.pairLabels), the ramp-up of new endpoints.
+func (w *work) cutBuiltIn(ph *phases, tr *ProfileTrace) {
+	if ph.guardRoles && w.roles {
 		w.cut(keep(w.cands, func(c *Candidate) bool {
 			return c.Endpoint.Role == 0 || c.Endpoint.Role.Has(pool.RoleDecode)
 		}), ByRole, reasonRole, tr)
 	}
 	if peer := w.cycle.Peer; peer != nil && w.cycle.Phase == PhasePrefill {
-		w.cut(keep(w.cands, func(c *Candidate) bool { return c.Endpoint != peer }), ByPeer, reasonPeer, tr)
+		w.cut(keep(w.cands, func(c *Candidate) bool { return c.Endpoint.State != peer.State }), ByPeer, reasonPeer, tr)
+	}
+	if peer := w.cycle.Peer; peer != nil && w.cycle.Phase != PhaseEncode && len(ph.pairLabels) > 0 {
+		w.cut(keep(w.cands, func(c *Candidate) bool { return ph.pairs(c.Endpoint, peer) }), ByPair, reasonPair, tr)
 	}
 	if w.ramping && len(w.cands) > 1 {
 		w.cut(w.rampUp(w.cands), ByRampUp, reasonRampUp, tr)

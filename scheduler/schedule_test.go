@@ -155,3 +155,38 @@ plugins:
 - type: prefix-cache-scorer
 - type: running-requests-size-scorer
 `
+
+// Example makes one decision: a profile, three endpoints, one of them idle.
+func Example() {
+	cfg, err := config.Load("epp.yaml", []byte(header+`
+plugins: [{type: queue-scorer}, {type: max-score-picker, parameters: {maxNumOfEndpoints: 2}}]
+`))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	s, err := scheduler.New(scheduler.Options{
+		Config: cfg, File: "epp.yaml", Metrics: prometheus.NewRegistry(),
+		Plugins: []scheduler.Registry{scorers.Registry(), filters.Registry(), pickers.Registry()},
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	snap := pooltest.Snapshot(pooltest.E("busy").Waiting(8), pooltest.E("idle"), pooltest.E("so-so").Waiting(2))
+	d, err := s.Schedule(&scheduler.Query{Request: prompt("m", "hello"), Snapshot: snap, Now: time.Now(), Rank: 3})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer d.Release()
+	for _, r := range d.Phase(scheduler.PhaseDecode).Ranked {
+		fmt.Println(r.Endpoint.Name, r.Score)
+	}
+	fmt.Println("named to the gateway:", d.Phase(scheduler.PhaseDecode).Send)
+	// Output:
+	// idle 1
+	// so-so 0.75
+	// busy 0
+	// named to the gateway: 2
+}

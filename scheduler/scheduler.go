@@ -112,15 +112,18 @@ func (s *Scheduler) Schedule(q *Query) (*Decision, error) {
 }
 
 // Repick runs one phase's profile again on q's snapshot, with peer as the endpoint of the phase before it (decode after
-// a prefill). The Pick's slices are the caller's.
+// a prefill). It never reserves, whatever q says: the caller has a reservation to move. The Pick's slices are the
+// caller's.
 func (s *Scheduler) Repick(q *Query, phase Phase, peer *pool.Endpoint) (Pick, error) {
 	p := s.phases.profile(phase)
 	if p == nil {
 		return Pick{Reason: reasonNoProfile}, nil
 	}
-	d := s.newDecision(q)
+	again := *q
+	again.Reserve = false
+	d := s.newDecision(&again)
 	defer d.release(s)
-	if err := s.phase(d, q, phase, p, peer); err != nil {
+	if err := s.phase(d, &again, phase, p, peer); err != nil {
 		return Pick{}, err
 	}
 	pick := d.Picks[phase]
@@ -197,7 +200,10 @@ func (s *Scheduler) Warnings() []string { return s.warnings }
 // ResponseHeaders lists the headers that plugins want on the answer of a request served by e (session affinity). Nil
 // when no plugin wants any.
 func (s *Scheduler) ResponseHeaders(e *pool.Endpoint) []inference.Header {
-	var out []inference.Header
+	if len(s.answers) == 0 {
+		return nil
+	}
+	out := make([]inference.Header, 0, len(s.answers))
 	for _, f := range s.answers {
 		out = append(out, f(e))
 	}

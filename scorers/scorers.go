@@ -11,21 +11,6 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// Registry lists the scorers by llm-d's type names.
-func Registry() scheduler.Registry {
-	return scheduler.Registry{
-		"active-request-scorer":        newActiveRequest,
-		"kv-cache-utilization-scorer":  newKVCacheUtilization,
-		"load-aware-scorer":            newLoadAware,
-		"lora-affinity-scorer":         newLoRAAffinity,
-		"prefix-cache-scorer":          newPrefixCache,
-		"queue-scorer":                 newQueue,
-		"running-requests-size-scorer": newRunningRequests,
-		"session-affinity-scorer":      newSessionAffinity,
-		"token-load-scorer":            newTokenLoad,
-	}
-}
-
 // noParameters refuses any parameter.
 func noParameters(raw config.Parameters) error { return raw.Decode(&struct{}{}) }
 

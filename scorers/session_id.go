@@ -40,7 +40,6 @@ type sessionShard struct {
 
 // binding is one session's endpoint.
 type binding struct {
-	slot    uint32
 	state   *pool.State
 	expires atomic.Int64 // unix nanoseconds
 	missing atomic.Bool  // the endpoint was not among the candidates of the last request
@@ -116,12 +115,13 @@ func (s *sessionID) Learn(req *inference.Request, decode, prefill *pool.Endpoint
 	if len(shard.sessions) >= maxSessionsInShard {
 		shard.evictLocked(now.UnixNano())
 	}
-	b := &binding{slot: e.Slot, state: e.State}
+	b := &binding{state: e.State}
 	b.expires.Store(expires)
 	shard.sessions[strings.Clone(id)] = b
 }
 
-// evictLocked makes room: expired sessions go, and where there are none, any.
+// evictLocked makes room for an eighth of the shard, so that a full one does not look at everything each time: expired
+// sessions go first, then any.
 func (s *sessionShard) evictLocked(now int64) {
 	for id, b := range s.sessions {
 		if b.expires.Load() < now {
@@ -129,7 +129,7 @@ func (s *sessionShard) evictLocked(now int64) {
 		}
 	}
 	for id := range s.sessions {
-		if len(s.sessions) < maxSessionsInShard {
+		if len(s.sessions) <= maxSessionsInShard*7/8 {
 			return
 		}
 		delete(s.sessions, id)

@@ -114,7 +114,9 @@ func TestFailureThenNext(t *testing.T) {
 	for name, f := range failures() {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, func(c *config.Disaggregation) {
-				c.Prefill.Timeout = 100 * time.Millisecond
+				if f.reason == reasonTimeout {
+					c.Prefill.Timeout = 300 * time.Millisecond
+				}
 				c.Prefill.MaxResponseBytes = 4096
 			})
 			var first *pool.Endpoint
@@ -186,7 +188,9 @@ func TestAllPrefillersDown(t *testing.T) {
 			t.Run(name+"/"+onFailure, func(t *testing.T) {
 				r := newRig(t, func(c *config.Disaggregation) {
 					c.OnFailure = onFailure
-					c.Prefill.Timeout = 30 * time.Millisecond
+					if f.reason == reasonTimeout {
+						c.Prefill.Timeout = 50 * time.Millisecond
+					}
 					c.Prefill.MaxResponseBytes = 4096
 				})
 				add := func(name string) *pool.Endpoint {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"time"
 )
 
 // Stats are an engine's counts. Those under "since start" begin at 0 with each process, the rest only with
@@ -121,3 +122,28 @@ func (e *Engine) State() State {
 func tailOf[T any](list []T) []T { return list[max(0, len(list)-32):] }
 
 func (p *process) serveState(x *exchange) { x.json(http.StatusOK, marshal(p.e.State())) }
+
+// serveKill ends the process, after the answer, and starts it again after restart_after_ms (real milliseconds), if given.
+func (p *process) serveKill(x *exchange) {
+	body, ok := x.readBody()
+	if !ok {
+		return
+	}
+	var in struct {
+		RestartAfter int `json:"restart_after_ms"`
+	}
+	if len(body) > 0 {
+		if err := json.Unmarshal(body, &in); err != nil {
+			x.fail(badRequest("", "%s", err.Error()))
+			return
+		}
+	}
+	x.w.Header().Set("Connection", "close")
+	x.json(http.StatusOK, []byte(`{"killed":true}`))
+	_ = http.NewResponseController(x.w).Flush() // the client may have left
+	p.e.die(p, x.conn(), "", "admin kill")
+	if in.RestartAfter > 0 {
+		// Not waited for: it may have to wait for a Close that waits for this handler.
+		go p.e.reviveAfter(time.Duration(in.RestartAfter) * time.Millisecond)
+	}
+}

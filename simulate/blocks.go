@@ -2,6 +2,8 @@
 
 package simulate
 
+import "slices"
+
 // block is one KV block. What it is believed to hold (key) and what it holds (content) differ after a pull of blocks
 // that the prefill engine had reused, and then the engine's answers are wrong, as a real one's are.
 type block struct {
@@ -101,8 +103,7 @@ func (c *blockCache) forget(id int32) {
 
 // release gives back one reference of each block, the last first, so that a prefix outlives what follows it.
 func (c *blockCache) release(ids []int32) {
-	for i := len(ids) - 1; i >= 0; i-- {
-		id := ids[i]
+	for _, id := range slices.Backward(ids) {
 		b := &c.blocks[id]
 		if b.refs--; b.refs > 0 {
 			continue

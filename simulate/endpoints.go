@@ -47,7 +47,7 @@ type modelPermission struct {
 	IsBlocking         bool   `json:"is_blocking"`
 }
 
-type model struct {
+type modelCard struct {
 	ID          string            `json:"id"`
 	Object      string            `json:"object"`
 	Created     int64             `json:"created"`
@@ -61,8 +61,8 @@ type model struct {
 func (p *process) serveModels(x *exchange) {
 	o := &p.e.opts
 	created := p.started.Unix()
-	one := func(id, root string, parent *string, limit *int) model {
-		return model{
+	one := func(id, root string, parent *string, limit *int) modelCard {
+		return modelCard{
 			ID: id, Object: "model", Created: created, OwnedBy: "vllm", Root: root, Parent: parent, MaxModelLen: limit,
 			Permission: []modelPermission{{
 				ID: "modelperm-" + p.e.hex(8), Object: "model_permission", Created: created, AllowSampling: true,
@@ -71,9 +71,9 @@ func (p *process) serveModels(x *exchange) {
 		}
 	}
 	list := struct {
-		Object string  `json:"object"`
-		Data   []model `json:"data"`
-	}{Object: "list", Data: []model{one(o.Model, "model", nil, &o.MaxModelLen)}}
+		Object string      `json:"object"`
+		Data   []modelCard `json:"data"`
+	}{Object: "list", Data: []modelCard{one(o.Model, "model", nil, &o.MaxModelLen)}}
 	for _, l := range o.LoRAs {
 		list.Data = append(list.Data, one(l, "lora/"+l, &o.Model, nil))
 	}

@@ -29,7 +29,7 @@ func TestAnswerIsDeterministic(t *testing.T) {
 	warm := func(seed int) string {
 		return text(t, post(t, a, "/v1/completions", fmt.Sprintf(`{"prompt":"x","max_tokens":8,"temperature":1,"seed":%d}`, seed)))
 	}
-	if warm(1) != warm(1) || warm(1) == warm(2) {
+	if one := warm(1); warm(1) != one || warm(2) == one {
 		t.Error("the seed does not decide")
 	}
 }
@@ -87,7 +87,7 @@ func TestPrefixCacheAcrossTurns(t *testing.T) {
 }
 
 func TestQueueAndCapacity(t *testing.T) {
-	e := newEngine(t, Options{MaxNumSeqs: 2, MaxWaiting: 3, InterToken: 200 * time.Millisecond})
+	e := newEngine(t, Options{MaxNumSeqs: 2, MaxWaiting: 3, InterToken: 400 * time.Millisecond})
 	var wg sync.WaitGroup
 	statuses := make(chan int, 5)
 	for i := range 5 {
@@ -120,7 +120,7 @@ func TestQueueAndCapacity(t *testing.T) {
 
 func TestPreemptionStillAnswersRight(t *testing.T) {
 	big := newEngine(t, Options{})
-	small := newEngine(t, Options{NumBlocks: 17, MaxModelLen: 200})
+	small := newEngine(t, Options{NumBlocks: 17, MaxModelLen: 200, InterToken: 100 * time.Millisecond})
 	var wg sync.WaitGroup
 	for i := range 4 {
 		wg.Go(func() {
@@ -138,7 +138,7 @@ func TestPreemptionStillAnswersRight(t *testing.T) {
 }
 
 func TestSeveralAnswersShareThePrompt(t *testing.T) {
-	e := newEngine(t, Options{InterToken: time.Second})
+	e := newEngine(t, Options{InterToken: 10 * time.Second})
 	done := make(chan reply, 1)
 	go func() {
 		done <- post(t, e, "/v1/completions", `{"prompt":`+prompt(168, 1)+`,"max_tokens":4,"n":3,"seed":1}`)
@@ -169,6 +169,7 @@ func TestAbort(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.state, func(t *testing.T) {
+			t.Parallel()
 			peers := NewRegistry()
 			p := newEngine(t, Options{Name: "p", Peers: peers, Lease: long})
 			tt.o.Name, tt.o.Peers, tt.o.LoadStretch = "d", peers, -1
@@ -342,6 +343,7 @@ func TestOddBodies(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			if r := post(t, e, tt.path, tt.body); r.status != tt.status {
 				t.Errorf("status %d, want %d: %s", r.status, tt.status, r.body)
 			}
@@ -356,7 +358,7 @@ func TestGenerateExtraArgsCarryTransferParams(t *testing.T) {
 }
 
 func TestLoRA(t *testing.T) {
-	e := newEngine(t, Options{LoRAs: []string{"sql", "chat"}, InterToken: 200 * time.Millisecond})
+	e := newEngine(t, Options{LoRAs: []string{"sql", "chat"}, InterToken: 4 * time.Second})
 	var wg sync.WaitGroup
 	for i, model := range []string{"sql", "chat"} {
 		wg.Go(func() {
@@ -427,8 +429,15 @@ func TestRunPool(t *testing.T) {
 
 func TestBadOptions(t *testing.T) {
 	for _, o := range []Options{
-		{Addr: "localhost"}, {BlockSize: -1}, {NumBlocks: 1}, {Scale: -1}, {LoadFailurePolicy: "x"}, {Generation: "x"}, {MaxNumSeqs: -1},
-		{Faults: Faults{Rules: []Fault{{Kind: "x"}}}}, {Faults: Faults{Metrics: "x"}},
+		{Addr: "localhost"},
+		{BlockSize: -1},
+		{NumBlocks: 1},
+		{Scale: -1},
+		{LoadFailurePolicy: "x"},
+		{Generation: "x"},
+		{MaxNumSeqs: -1},
+		{Faults: Faults{Rules: []Fault{{Kind: "x"}}}},
+		{Faults: Faults{Metrics: "x"}},
 	} {
 		if _, err := New(o); err == nil {
 			t.Errorf("accepted: %+v", o)

@@ -108,7 +108,7 @@ func writeShape(t *testing.T, dec *json.Decoder, out *strings.Builder) {
 func events(t *testing.T, body string) []string {
 	t.Helper()
 	var out []string
-	for _, ev := range strings.Split(strings.TrimSpace(body), "\n\n") {
+	for ev := range strings.SplitSeq(strings.TrimSpace(body), "\n\n") {
 		name, data, _ := strings.Cut(ev, "data: ")
 		s := strings.TrimSpace(name) + " " + data
 		if data != "[DONE]" {

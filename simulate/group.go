@@ -18,13 +18,14 @@ type sequence struct {
 	chain   []uint64  // hash of each full block's prefix
 	sibling *sequence // another answer to the same prompt, whose full blocks this one shares
 
-	blocks  []int32
-	cached  int    // prompt tokens found in the prefix cache
-	pulled  int    // blocks that the cache or a pull filled; prefill need not
-	remote  int    // prompt tokens that came from a pull
-	wrong   uint64 // not 0 when some block holds another prompt's KV
-	created int    // tokens that this prompt added to the prefix cache
-	counted bool   // in the prefix cache metrics
+	blocks   []int32
+	cached   int    // prompt tokens found in the prefix cache
+	pulled   int    // blocks that the cache or a pull filled; prefill need not
+	remote   int    // prompt tokens that came from a pull
+	wrong    uint64 // not 0 when some block holds another prompt's KV
+	created  int    // tokens that this prompt added to the prefix cache
+	headroom int    // blocks that must be free beyond its own before it is let in again, after a preemption
+	counted  bool   // in the prefix cache metrics
 
 	seed       uint64 // of the answer
 	generated  []uint32

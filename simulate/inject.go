@@ -66,7 +66,7 @@ func kindOf(status int) string {
 }
 
 // answerJSON writes a complete answer, or what the fault leaves of it.
-func (x *exchange) answerJSON(p *process, body []byte) {
+func (x *exchange) answerJSON(body []byte) {
 	f := x.fault
 	if f == nil {
 		x.json(http.StatusOK, body)

@@ -28,7 +28,7 @@ func chatLogprobs(ids []uint32, top int) json.RawMessage {
 	for _, id := range ids {
 		l := oneLogprob(id)
 		for i := range top {
-			l.Top = append(l.Top, oneLogprob(wordBase+(id+uint32(i))%uint32(wordCount))) //nolint:gosec // small
+			l.Top = append(l.Top, oneLogprob(wordBase+(id+uint32(i))%uint32(wordCount)))
 		}
 		list = append(list, l)
 	}
@@ -50,7 +50,7 @@ func completionLogprobs(q *sequence, top int) json.RawMessage {
 		l.Tokens = append(l.Tokens, tokenText(id))
 		best := map[string]float64{tokenText(id): logprobOf(id)}
 		for n := range top {
-			other := wordBase + (id+uint32(n))%uint32(wordCount) //nolint:gosec // small
+			other := wordBase + (id+uint32(n))%uint32(wordCount)
 			best[tokenText(other)] = logprobOf(other)
 		}
 		l.Top = append(l.Top, best)

@@ -3,6 +3,7 @@
 package simulate
 
 import (
+	"bytes"
 	"compress/gzip"
 	"math"
 	"net/http"
@@ -89,7 +90,10 @@ func openMetrics(page []byte) []byte {
 		if strings.HasSuffix(name, "_created") {
 			continue
 		}
-		b.WriteString(strings.Replace(line, name, strings.TrimSuffix(name, "_total"), 1))
+		if bytes.Contains(page, []byte("# TYPE "+name+" counter\n")) {
+			line = strings.Replace(line, name, strings.TrimSuffix(name, "_total"), 1)
+		}
+		b.WriteString(line)
 	}
 	b.WriteString("# EOF\n")
 	return []byte(b.String())
@@ -163,7 +167,8 @@ func (p *process) gauges(f Faults) {
 func (p *process) loraGauge() {
 	var now loraSeries
 	now.at = unixSeconds(time.Now())
-	var run, wait []string
+	run := make([]string, 0, len(p.adapters))
+	var wait []string
 	for name := range p.adapters {
 		run = append(run, name)
 	}
@@ -186,10 +191,11 @@ func (p *process) loraGauge() {
 
 // family appends one family, or those of its samples that names select.
 func (m *meter) family(dst []byte, f *family, names []string, maxLoRAs int) []byte {
-	start := len(dst)
+	if len(names) > 0 && !f.has(names) {
+		return dst
+	}
 	dst = append(dst, f.head...)
-	empty := len(dst)
-	if f.dynamic && (len(names) == 0 || slices.Contains(names, f.name)) {
+	if f.dynamic {
 		dst = m.loraLines(dst, maxLoRAs)
 	}
 	for i := range f.samples {
@@ -207,9 +213,6 @@ func (m *meter) family(dst []byte, f *family, names []string, maxLoRAs int) []by
 			dst = appendFloat(dst, m.values[s.slot])
 		}
 		dst = append(dst, '\n')
-	}
-	if len(names) > 0 && len(dst) == empty {
-		return dst[:start]
 	}
 	return dst
 }

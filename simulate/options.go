@@ -58,7 +58,7 @@ type Options struct {
 	// Testing.
 	Faults       Faults
 	RecordBodies int          // requests kept for [Engine.Bodies]; default 256, negative keeps none
-	RecordBytes  int          // bytes of bodies kept; default 16 MiB
+	RecordBytes  int          // bytes of bodies kept; default 4 MiB; the last body is always kept
 	Logger       *slog.Logger // nil discards
 }
 
@@ -107,7 +107,7 @@ func (o Options) withDefaults() (Options, error) {
 	orDefault(&o.LoadFailurePolicy, policyFail)
 	orDefault(&o.TPSize, 1)
 	orDefault(&o.RecordBodies, 256)
-	orDefault(&o.RecordBytes, 16<<20)
+	orDefault(&o.RecordBytes, 4<<20)
 	if len(o.LoRAs) > 0 {
 		orDefault(&o.MaxLoRAs, 1)
 	}
@@ -121,30 +121,30 @@ func (o Options) withDefaults() (Options, error) {
 	return o, o.Faults.check()
 }
 
-func (o *Options) check() error {
+func (o Options) check() error {
 	var errs []error
 	if _, err := netip.ParseAddrPort(o.Addr); err != nil {
-		errs = append(errs, fmt.Errorf("Addr: %w", err))
+		errs = append(errs, fmt.Errorf("option Addr: %w", err))
 	}
 	if o.BlockSize < 1 || o.NumBlocks < 2 || o.NumBlocks > math.MaxInt32 {
-		errs = append(errs, fmt.Errorf("BlockSize %d, NumBlocks %d: must be at least 1 and 2", o.BlockSize, o.NumBlocks))
+		errs = append(errs, fmt.Errorf("options BlockSize %d, NumBlocks %d: must be at least 1 and 2", o.BlockSize, o.NumBlocks))
 	}
 	if o.MaxNumSeqs < 1 || o.MaxWaiting < 0 || o.MaxModelLen < 0 || o.TPSize < 1 {
-		errs = append(errs, errors.New("MaxNumSeqs, MaxWaiting, MaxModelLen, TPSize: must not be negative"))
+		errs = append(errs, errors.New("options MaxNumSeqs, MaxWaiting, MaxModelLen, TPSize: must not be negative"))
 	}
 	if !(o.Scale > 0) || math.IsInf(o.Scale, 0) {
-		errs = append(errs, fmt.Errorf("Scale: %v, must be > 0", o.Scale))
+		errs = append(errs, fmt.Errorf("option Scale: %v, must be > 0", o.Scale))
 	}
 	if o.LoadFailurePolicy != policyFail && o.LoadFailurePolicy != policyRecompute {
-		errs = append(errs, fmt.Errorf("LoadFailurePolicy: %q, must be fail or recompute", o.LoadFailurePolicy))
+		errs = append(errs, fmt.Errorf("option LoadFailurePolicy: %q, must be fail or recompute", o.LoadFailurePolicy))
 	}
 	if o.Generation != "" && o.Generation != generationOld {
-		errs = append(errs, fmt.Errorf("Generation: %q, must be empty or old", o.Generation))
+		errs = append(errs, fmt.Errorf("option Generation: %q, must be empty or old", o.Generation))
 	}
 	return errors.Join(errs...)
 }
 
-func (o *Options) timing() timing {
+func (o Options) timing() timing {
 	t := timing{
 		prefillFixed:     o.duration(o.PrefillFixed, 5*time.Millisecond),
 		prefillPerToken:  o.duration(o.PrefillPerToken, 20*time.Microsecond),
@@ -163,7 +163,7 @@ func (o *Options) timing() timing {
 }
 
 // duration applies default, "none" and scale.
-func (o *Options) duration(d, def time.Duration) time.Duration {
+func (o Options) duration(d, def time.Duration) time.Duration {
 	if d == 0 {
 		d = def
 	}

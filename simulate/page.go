@@ -5,6 +5,7 @@ package simulate
 import (
 	_ "embed"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -37,7 +38,18 @@ type family struct {
 	name    string
 	head    string // HELP and TYPE lines
 	samples []sample
-	dynamic bool // rendered from the LoRA series
+	names   []string // of its samples, each once
+	dynamic bool     // rendered from the LoRA series
+}
+
+// has reports whether any of names is a sample of the family.
+func (f *family) has(names []string) bool {
+	for _, n := range f.names {
+		if slices.Contains(names, n) {
+			return true
+		}
+	}
+	return false
 }
 
 // sample is one line. Its name is the sample's, so a histogram's differ.
@@ -165,6 +177,17 @@ func newPage(k pageKey) *page {
 	}
 	pg.families = k.dropUnknown(pg.families)
 	pg.addPadding(k.padding)
+	for i := range pg.families {
+		f := &pg.families[i]
+		if f.dynamic {
+			f.names = []string{f.name}
+		}
+		for _, s := range f.samples {
+			if !slices.Contains(f.names, s.name) {
+				f.names = append(f.names, s.name)
+			}
+		}
+	}
 	return pg
 }
 
@@ -254,32 +277,4 @@ func setLabel(line, name, value string) string {
 
 func escapeLabel(s string) string {
 	return strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(s)
-}
-
-// pythonFloat writes v as Python's client does: 1.0, 0.25, 1.795314009467145e+09.
-func pythonFloat(v float64) string { return string(appendFloat(nil, v)) }
-
-func appendFloat(dst []byte, v float64) []byte {
-	switch {
-	case v == 0:
-		return append(dst, "0.0"...)
-	case math.IsNaN(v):
-		return append(dst, "NaN"...)
-	case math.IsInf(v, 1):
-		return append(dst, "+Inf"...)
-	case math.IsInf(v, -1):
-		return append(dst, "-Inf"...)
-	case math.Abs(v) >= 1e6:
-		return strconv.AppendFloat(dst, v, 'e', -1, 64)
-	case math.Abs(v) < 1e-4:
-		return strconv.AppendFloat(dst, v, 'e', -1, 64)
-	}
-	at := len(dst)
-	dst = strconv.AppendFloat(dst, v, 'f', -1, 64)
-	for _, c := range dst[at:] {
-		if c == '.' {
-			return dst
-		}
-	}
-	return append(dst, ".0"...)
 }

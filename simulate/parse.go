@@ -210,9 +210,8 @@ func (c *call) checkSampling(sampling *fields) *apiError {
 
 // checkRank refuses a data-parallel rank that this engine of one rank does not have. What is not a number is ignored.
 func checkRank(h http.Header) *apiError {
-	n, err := strconv.Atoi(strings.TrimSpace(h.Get(headerRank)))
-	if err != nil || n == 0 {
-		return nil
+	if n, err := strconv.Atoi(strings.TrimSpace(h.Get(headerRank))); err == nil && n != 0 {
+		return badRequest("", "data_parallel_rank %d is out of range [0, 1).", n)
 	}
-	return badRequest("", "data_parallel_rank %d is out of range [0, 1).", n)
+	return nil
 }

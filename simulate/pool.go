@@ -138,7 +138,7 @@ func RunPool(ctx context.Context, o PoolOptions, logger *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := p.Start(); err != nil {
+	if err := p.Start(); err != nil { //nolint:contextcheck // binding a loopback port needs no context; ctx ends the pool below
 		return err
 	}
 	if o.EndpointsFile != "" {

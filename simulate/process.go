@@ -6,8 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -47,7 +46,7 @@ func newProcess(e *Engine, addr netip.AddrPort) *process {
 		e: e, id: e.uuid(), addr: addr, started: time.Now(), cancel: cancel,
 		open: map[net.Conn]struct{}{},
 	}
-	p.scheduler.init(&e.opts)
+	p.init(&e.opts)
 	p.srv = &http.Server{
 		Handler:           http.HandlerFunc(p.serveHTTP),
 		IdleTimeout:       e.timing.keepAlive,
@@ -56,7 +55,7 @@ func newProcess(e *Engine, addr netip.AddrPort) *process {
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ConnState:         p.connState,
-		ErrorLog:          log.New(io.Discard, "", 0), //nolint:depguard // net/http wants one; aborted requests are our own doing
+		ErrorLog:          slog.NewLogLogger(slog.DiscardHandler, slog.LevelError), // aborted requests are our own doing
 	}
 	return p
 }
@@ -89,7 +88,7 @@ func (p *process) serve(ln net.Listener) {
 	p.connMu.Unlock()
 	p.serving.Go(func() {
 		if err := p.srv.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-			p.e.log.Error("serve", "err", err)
+			p.e.log.Error("serve", slog.Any("err", err))
 		}
 	})
 }
@@ -101,6 +100,9 @@ func (p *process) connState(c net.Conn, s http.ConnState) {
 		p.conns.Add(1)
 		p.connMu.Lock()
 		p.open[c] = struct{}{}
+		if p.stopped { // accepted while the port was closing
+			reset(c)
+		}
 		p.connMu.Unlock()
 	case http.StateClosed, http.StateHijacked:
 		p.connMu.Lock()

@@ -177,8 +177,12 @@ func (s *scheduler) allocateOne(q *sequence) bool {
 			}
 		}
 	}
-	var ok bool
-	if q.blocks, ok = s.cache.alloc(q.blocks, need-len(q.blocks)); !ok {
+	missing := need - len(q.blocks)
+	ok := s.cache.free >= missing+q.headroom
+	if ok {
+		q.blocks, ok = s.cache.alloc(q.blocks, missing)
+	}
+	if !ok {
 		s.drop(q)
 	}
 	return ok

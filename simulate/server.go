@@ -54,6 +54,8 @@ func routeOf(path string) *route {
 		return &route{http.MethodGet, apiCompletions, (*process).serveMetrics}
 	case "/admin/faults":
 		return &route{"", apiCompletions, (*process).serveFaults}
+	case "/admin/kill":
+		return &route{http.MethodPost, apiCompletions, (*process).serveKill}
 	case "/admin/state":
 		return &route{http.MethodGet, apiCompletions, (*process).serveState}
 	}
@@ -218,7 +220,7 @@ func (p *process) answer(x *exchange, g *group) {
 		out.end()
 		return
 	}
-	x.answerJSON(p, out.whole(handle))
+	x.answerJSON(out.whole(handle))
 }
 
 // finish pins or frees the blocks of a complete answer.

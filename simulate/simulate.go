@@ -16,7 +16,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"strconv"
 	"sync"
 	"time"
 )
@@ -36,7 +35,9 @@ type Engine struct {
 	records records // has its own lock
 	faults  faultState
 
-	control sync.Mutex // serializes Start, Kill, Restart and Close
+	control sync.Mutex // serializes Start, Kill, Restart and Close, and guards what follows
+	closed  bool
+	revival *time.Timer // of a kill by POST /admin/kill that is to be followed by a restart
 
 	mu      sync.Mutex // guards what follows
 	rng     *rand.Rand
@@ -56,10 +57,10 @@ func New(o Options) (*Engine, error) {
 		timing:   full.timing(),
 		log:      full.Logger.With(slog.String("component", "simulate"), slog.String("endpoint", full.Name)),
 		registry: full.Peers,
-		rng:      rand.New(rand.NewPCG(full.Seed, rand.Uint64())), //nolint:gosec // ids of a simulation, nothing secret
+		rng:      rand.New(rand.NewPCG(full.Seed, rand.Uint64())),
 	}
 	if full.Seed != 0 {
-		e.rng = rand.New(rand.NewPCG(full.Seed, hashText(full.Name))) //nolint:gosec // as above
+		e.rng = rand.New(rand.NewPCG(full.Seed, hashText(full.Name)))
 	}
 	if e.registry == nil {
 		e.registry = NewRegistry()
@@ -97,9 +98,38 @@ func (e *Engine) Kill() {
 func (e *Engine) Close() error {
 	e.control.Lock()
 	defer e.control.Unlock()
+	e.closed = true
 	e.killLocked()
 	e.registry.remove(e)
 	return nil
+}
+
+// reviveAfter restarts the engine after d, unless somebody else did or it was closed.
+func (e *Engine) reviveAfter(d time.Duration) {
+	e.control.Lock()
+	defer e.control.Unlock()
+	if e.closed {
+		return
+	}
+	e.stopRevival()
+	e.revival = time.AfterFunc(d, func() {
+		e.control.Lock()
+		defer e.control.Unlock()
+		if e.closed || e.running() != nil {
+			return
+		}
+		e.killLocked()
+		if err := e.startLocked(e.Addr().String()); err != nil {
+			e.log.Error("restart", slog.Any("err", err))
+		}
+	})
+}
+
+func (e *Engine) stopRevival() {
+	if e.revival != nil {
+		e.revival.Stop()
+		e.revival = nil
+	}
 }
 
 func (e *Engine) startLocked(addr string) error {
@@ -125,6 +155,7 @@ func (e *Engine) startLocked(addr string) error {
 }
 
 func (e *Engine) killLocked() {
+	e.stopRevival()
 	e.mu.Lock()
 	p := e.last
 	e.current, e.last = nil, nil
@@ -139,6 +170,7 @@ func (e *Engine) killLocked() {
 // die ends the process from inside one of its own handlers, as a failed assertion in the engine core does: every other
 // connection is reset, the port refuses, and nothing is waited for.
 func (e *Engine) die(p *process, own net.Conn, requestID, reason string) {
+	p.stop(own)
 	e.mu.Lock()
 	if e.current == p {
 		e.current = nil
@@ -146,7 +178,6 @@ func (e *Engine) die(p *process, own net.Conn, requestID, reason string) {
 	e.mu.Unlock()
 	e.records.death(Death{At: time.Now(), RequestID: requestID, Reason: reason})
 	e.log.Info("engine died", slog.String("request_id", requestID), slog.String("reason", reason))
-	p.stop(own)
 }
 
 // running returns the process that serves now, nil when there is none.
@@ -214,8 +245,4 @@ func (e *Engine) remoteHost() string {
 		return e.opts.RemoteHost
 	}
 	return e.Addr().Addr().String()
-}
-
-func (e *Engine) sideAddr() string {
-	return net.JoinHostPort(e.Addr().Addr().String(), strconv.Itoa(e.sidePort))
 }

@@ -52,7 +52,7 @@ func pieceID(piece string) uint32 {
 			return uint32(wrongBase) + id
 		}
 	}
-	return uint32(pieceBase) + uint32(hashText(piece)%uint64(pieceRange)) //nolint:gosec // below the vocabulary
+	return uint32(pieceBase) + uint32(hashText(piece)%uint64(pieceRange))
 }
 
 // wordID returns the number of the word in piece; shift is added to its letters first.

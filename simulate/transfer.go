@@ -162,7 +162,7 @@ func (p *process) storeOne(q *sequence, contents []blockContent) {
 		want := q.tokens[at*p.cache.size : min((at+1)*p.cache.size, len(q.tokens))]
 		full := chainHash(parent, want)
 		if !c.holds(parent, want, full) {
-			q.wrong ^= mix(c.content+uint64(i)) | 1 //nolint:gosec // an index
+			q.wrong ^= mix(c.content+uint64(i)) | 1
 			full = c.content
 		}
 		key := uint64(0)

@@ -136,6 +136,7 @@ func TestMisuse(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			o := pairOptions
 			o.LoadFailurePolicy = tt.policy
 			p, d := newPair(t, o)
@@ -225,6 +226,7 @@ func TestPrefillGone(t *testing.T) {
 	for _, policy := range []string{policyFail, policyRecompute} {
 		for _, restart := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/restart=%v", policy, restart), func(t *testing.T) {
+				t.Parallel()
 				o := pairOptions
 				o.LoadFailurePolicy = policy
 				p, d := newPair(t, o)
@@ -262,6 +264,7 @@ func TestPrefillLegsWithoutHandle(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			p := newEngine(t, pairOptions)
 			r := post(t, p, "/v1/completions", complete(prompt(200, 1), 1, askHandle+tt.extra))
 			if r.status != http.StatusOK {
@@ -323,8 +326,8 @@ func TestHeartbeatsKeepALease(t *testing.T) {
 	o := pairOptions
 	o.MaxNumSeqs = 1
 	o.Scale = 1
-	o.Lease = 150 * time.Millisecond
-	o.InterToken = 3 * time.Millisecond
+	o.Lease = 600 * time.Millisecond
+	o.InterToken = 8 * time.Millisecond
 	p, d := newPair(t, o)
 	done := make(chan reply, 1)
 	go func() { done <- post(t, d, "/v1/completions", complete(prompt(64, 5), 150, "")) }()

@@ -61,6 +61,7 @@ type chatBody struct {
 	Stream        bool           `json:"stream"`
 	StreamOptions map[string]any `json:"stream_options,omitempty"`
 	CacheSalt     string         `json:"cache_salt,omitempty"`
+	TokenIDs      bool           `json:"return_token_ids,omitempty"`
 }
 
 func (c *client) body(r chat) chatBody {

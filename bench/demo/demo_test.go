@@ -68,7 +68,7 @@ func (f *fakePicker) chat(w http.ResponseWriter, r *http.Request) {
 func testDecision(id string, matched int) decision {
 	var d decision
 	text := fmt.Sprintf(`{"request_id":%q,"prompt_tokens":1077,"prompt_blocks":17,"outcome":"disaggregated",
-		"picks":{"decode":"default/decode-0","prefill":"default/prefill-1"},"reasons":{"prefill":"uncached-tokens 1013 >= 512"},
+		"picks":{"decode":"default/decode-0","prefill":"default/prefill-1"},"reasons":{"prefill":"uncached prompt"},
 		"profiles":[{"phase":"prefill","endpoints":[{"endpoint":"default/prefill-0","matched_blocks":%d},{"endpoint":"default/prefill-1"}]}],
 		"attempts":[{"phase":"prefill","endpoint":"default/prefill-1","status":503},{"phase":"prefill","endpoint":"default/prefill-0","status":200}]}`, id, matched)
 	if err := json.Unmarshal([]byte(text), &d); err != nil {

@@ -118,7 +118,7 @@ func isSignal(cause error) bool { return errors.Is(cause, context.Canceled) }
 func (d *demo) stream(ctx context.Context) (*summary, error) {
 	sum := &summary{}
 	if d.stack.o.VLLM != "" {
-		d.say("Comparing answers of the two servers with those of one ...")
+		d.say("Comparing answers of the two servers together with those of one server alone ...")
 		chats := longOnes(plan(d.trace, d.stack.o.pace(), 1))
 		equal, err := d.stack.compare(ctx, chats, d.say)
 		if err != nil {

@@ -114,11 +114,20 @@ func (s *stack) startEngines(ctx context.Context, say func(format string, args .
 }
 
 func (s *stack) startBaton(ctx context.Context) error {
-	err := s.super.start(ctx, command{
+	// In the run folder the configuration finds the endpoints of this run, whatever else runs on the machine.
+	config, err := os.ReadFile(s.o.Config)
+	if err != nil {
+		return fmt.Errorf("baton's configuration: %w", err)
+	}
+	file := filepath.Join(s.o.Dir, "epp.yaml")
+	if err := os.WriteFile(file, config, 0o600); err != nil {
+		return fmt.Errorf("baton's configuration: %w", err)
+	}
+	err = s.super.start(ctx, command{
 		Name: "baton",
 		Path: s.o.Baton,
 		Args: []string{
-			"serve", "--config-file", s.o.Config, "--bind-address", "127.0.0.1", "--secure-serving=false", "--enable-debug", "--drain-delay", "0s",
+			"serve", "--config-file", file, "--bind-address", "127.0.0.1", "--secure-serving=false", "--enable-debug", "--drain-delay", "0s",
 			"--grpc-port", s.portText(eppPort), "--grpc-health-port", s.portText(healthPort), "--metrics-port", s.portText(metricsPort),
 		},
 	})
@@ -132,7 +141,7 @@ func (s *stack) startBaton(ctx context.Context) error {
 		}
 		ready := 0
 		for _, e := range seen {
-			if e.Ready {
+			if e.Ready && e.Fresh {
 				ready++
 			}
 		}

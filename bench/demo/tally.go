@@ -92,12 +92,12 @@ func (t *tally) decide(d decision) {
 	t.rowLocked(d.RequestID).Decision = d
 	t.sum.Decisions++
 
-	decode, prefill := d.Picks[phaseDecode], d.prefiller()
-	best := t.pickLocked(decode, d.matched(phaseDecode, decode))
-	if prefill != "" {
-		// The prompt was computed there: its hit is the one that saved work.
-		best = t.pickLocked(prefill, d.matched(phasePrefill, prefill))
+	for phase, endpoint := range map[string]string{phasePrefill: d.prefiller(), phaseDecode: d.Picks[phaseDecode]} {
+		if endpoint != "" {
+			t.pickLocked(endpoint, d.matched(phase, endpoint))
+		}
 	}
+	best := d.matched(d.computing())
 	t.sum.MatchedBlocks += best
 	t.sum.PromptBlocks += d.PromptBlocks
 	if best > 0 {
@@ -105,14 +105,13 @@ func (t *tally) decide(d decision) {
 	}
 }
 
-func (t *tally) pickLocked(endpoint string, matched int) int {
+func (t *tally) pickLocked(endpoint string, matched int) {
 	h := t.hits[endpoint]
 	h.Picked++
 	if matched > 0 {
 		h.Hit++
 	}
 	t.hits[endpoint] = h
-	return matched
 }
 
 func (t *tally) pool(all []endpointState) {

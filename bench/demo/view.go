@@ -103,6 +103,9 @@ func (f frame) request(r row) string {
 	if r.Result.FirstToken > 0 {
 		first = milliseconds(r.Result.FirstToken)
 	}
+	if r.Decision.RequestID == "" && r.Result.ID == "" {
+		why = "running"
+	}
 	return f.requestLine(r.ID, tokens, prefill, decode, first, why)
 }
 

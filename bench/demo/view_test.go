@@ -36,7 +36,7 @@ func testSnapshot() snapshot {
 		case 29:
 			continue // sent just now
 		case 28:
-			d.Outcome, d.Reasons = outcomeAggregated, map[string]string{phasePrefill: "uncached-tokens 77 < 512"}
+			d.Outcome, d.Reasons = outcomeAggregated, map[string]string{phasePrefill: "short prompt"}
 		case 27:
 			d.Outcome = "fallback-prefill-failed"
 		}

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -96,36 +97,33 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// An answer is what is compared of a whole answer.
+// An answer is what is read of a whole answer.
 type answer struct {
 	Choices []struct {
-		Message struct {
-			Content string `json:"content"`
-		} `json:"message"`
-		FinishReason string `json:"finish_reason"`
+		TokenIDs []int `json:"token_ids"`
 	} `json:"choices"`
 }
 
-// ask sends r and returns the whole text and how Baton served it.
-func (c *client) ask(ctx context.Context, r chat, salt string) (text, outcome string, err error) {
+// ask sends r and returns the tokens of the answer and how Baton served it.
+func (c *client) ask(ctx context.Context, r chat, salt string) (tokens []int, outcome string, err error) {
 	b := c.body(r)
-	b.CacheSalt = salt
+	b.CacheSalt, b.TokenIDs = salt, true
 	resp, err := c.post(ctx, r.ID, b)
 	if err != nil {
-		return "", "", err
+		return nil, "", err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return "", "", fmt.Errorf("%s: status %d", r.ID, resp.StatusCode)
+		return nil, "", fmt.Errorf("%s: status %d", r.ID, resp.StatusCode)
 	}
 	var a answer
 	if err := json.NewDecoder(resp.Body).Decode(&a); err != nil {
-		return "", "", fmt.Errorf("%s: %w", r.ID, err)
+		return nil, "", fmt.Errorf("%s: %w", r.ID, err)
 	}
-	if len(a.Choices) != 1 {
-		return "", "", fmt.Errorf("%s: %d choices", r.ID, len(a.Choices))
+	if len(a.Choices) != 1 || len(a.Choices[0].TokenIDs) == 0 {
+		return nil, "", fmt.Errorf("%s: an answer without tokens", r.ID)
 	}
-	return a.Choices[0].Message.Content, resp.Header.Get("X-Baton-Outcome"), nil
+	return a.Choices[0].TokenIDs, resp.Header.Get("X-Baton-Outcome"), nil
 }
 
 var errNotDisaggregated = errors.New("answered by one server alone")
@@ -148,7 +146,7 @@ func longOnes(all []chat) []chat {
 }
 
 // compare sends prompts both ways: through Envoy and Baton, prefilled on one server and decoded on the other, and straight to
-// the decode server, which then does both. At temperature 0 the texts must be equal.
+// the decode server, which then does both. At temperature 0 the tokens must be equal.
 func (s *stack) compare(ctx context.Context, chats []chat, say func(format string, args ...any)) (equal int, err error) {
 	split, whole := s.client(), s.client()
 	whole.base = s.engines[len(s.engines)-1].url("")
@@ -167,12 +165,11 @@ func (s *stack) compare(ctx context.Context, chats []chat, say func(format strin
 			return equal, err
 		}
 		verdict := "DIFFERENT"
-		if got == want {
+		if slices.Equal(got, want) {
 			verdict = "equal"
 			equal++
 		}
-		say("  %s, %d bytes of prompt, %d bytes of answer, prefilled on one server and decoded on the other, or both on one: %s",
-			r.ID, len(r.System)+len(r.User), len(got), verdict)
+		say("  a prompt of %s bytes, %d tokens of answer: %s", number(len(r.System)+len(r.User)), len(got), verdict)
 	}
 	return equal, nil
 }

@@ -71,12 +71,24 @@ func (d *decision) matched(phase, endpoint string) int {
 	return 0
 }
 
-// why is the reason in a few words.
-func (d *decision) why() string {
-	if d.Outcome != outcomeDisaggregated && d.Outcome != outcomeAggregated && d.Outcome != "" {
-		return d.Outcome
+// computing is the phase and endpoint where the prompt was computed, as far as it had to be.
+func (d *decision) computing() (phase, endpoint string) {
+	if p := d.prefiller(); p != "" {
+		return phasePrefill, p
 	}
-	return d.Reasons[phasePrefill]
+	return phaseDecode, d.Picks[phaseDecode]
+}
+
+// why is the reason in a few words, with the share of the prompt that was cached where it was computed.
+func (d *decision) why() string {
+	why := d.Reasons[phasePrefill]
+	if d.Outcome != outcomeDisaggregated && d.Outcome != outcomeAggregated && d.Outcome != "" {
+		why = d.Outcome
+	}
+	if matched := d.matched(d.computing()); matched > 0 {
+		why += ", " + percent(matched, d.PromptBlocks) + " cached"
+	}
+	return why
 }
 
 // An endpointState is one entry of /debug/endpoints.

@@ -35,7 +35,7 @@ func E(name string) *Builder {
 	}
 }
 
-// Addr sets ip:port; without it [Snapshot] numbers the endpoints 192.168.1.1:8000, 192.168.1.2:8000, …
+// Addr sets ip:port; without it [Snapshot] numbers the endpoints 192.168.1.1:8000, 192.168.1.2:8000 and so on.
 func (b *Builder) Addr(hostport string) *Builder {
 	b.e.Addr = netip.MustParseAddrPort(hostport)
 	return b
@@ -105,7 +105,8 @@ func (b *Builder) InFlight(tokens ...int64) *Builder { b.work = tokens; return b
 func (b *Builder) Build(slot uint32) *pool.Endpoint {
 	e := b.e
 	if !e.Addr.IsValid() {
-		e.Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 168, byte(1 + (slot+1)/256), byte((slot + 1) % 256)}), 8000)
+		n := slot + 1
+		e.Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 168, 1 + byte(n>>8), byte(n)}), 8000) //nolint:gosec // at most 65,000
 	}
 	e.Hostport = e.Addr.String()
 	e.State = &pool.State{Slot: slot, Born: b.born}
@@ -124,12 +125,12 @@ func (b *Builder) Build(slot uint32) *pool.Endpoint {
 func Snapshot(builders ...*Builder) *pool.Snapshot {
 	endpoints := make([]*pool.Endpoint, len(builders))
 	for i, b := range builders {
-		endpoints[i] = b.Build(uint32(i)) //nolint:gosec // tests have few endpoints
+		endpoints[i] = b.Build(uint32(i))
 	}
 	return pool.NewSnapshot(1, true, endpoints)
 }
 
-// Idle is a snapshot of n idle endpoints called p0, p1, …
+// Idle is a snapshot of n idle endpoints called p0, p1 and so on.
 func Idle(n int) *pool.Snapshot {
 	builders := make([]*Builder, n)
 	for i := range builders {

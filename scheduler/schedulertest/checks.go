@@ -18,8 +18,8 @@ func checkScorer(t *testing.T, s scheduler.Scorer, cands []scheduler.Candidate) 
 	for i := range out {
 		out[i], again[i] = math.NaN(), -1 // what is not written shows
 	}
-	s.Score(cycle(nil), cands, out)
-	s.Score(cycle(nil), cands, again)
+	s.Score(cycle(), cands, out)
+	s.Score(cycle(), cands, again)
 	for i, v := range out {
 		if !(v >= 0 && v <= 1) {
 			t.Errorf("candidate %d: score %v, must be written and between 0 and 1", i, v)
@@ -29,21 +29,21 @@ func checkScorer(t *testing.T, s scheduler.Scorer, cands []scheduler.Candidate) 
 		t.Error("the same candidates were scored differently the second time")
 	}
 	unchanged(t, before, cands)
-	cy := cycle(nil)
+	cy := cycle()
 	noAllocations(t, func() { s.Score(cy, cands, out) })
 }
 
 func checkFilter(t *testing.T, f scheduler.Filter, cands []scheduler.Candidate) {
 	t.Helper()
 	first, second := slices.Clone(cands), slices.Clone(cands)
-	kept, reason := f.Filter(cycle(nil), first)
+	kept, reason := f.Filter(cycle(), first)
 	if kept < 0 || kept > len(cands) {
 		t.Fatalf("kept %d of %d candidates", kept, len(cands))
 	}
 	if kept < len(cands) && reason == "" {
 		t.Error("candidates were removed without a reason")
 	}
-	again, _ := f.Filter(cycle(nil), second)
+	again, _ := f.Filter(cycle(), second)
 	if again != kept || !slices.Equal(endpoints(first), endpoints(second)) {
 		t.Error("the same candidates were filtered differently the second time")
 	}
@@ -57,7 +57,7 @@ func checkFilter(t *testing.T, f scheduler.Filter, cands []scheduler.Candidate) 
 		}
 		at += i + 1
 	}
-	cy := cycle(nil)
+	cy := cycle()
 	noAllocations(t, func() { f.Filter(cy, second) })
 }
 
@@ -65,16 +65,16 @@ func checkPicker(t *testing.T, p scheduler.Picker, cands []scheduler.Candidate) 
 	t.Helper()
 	for _, want := range []int{1, 3, len(cands) + 1} {
 		first, second := slices.Clone(cands), slices.Clone(cands)
-		send := p.Pick(cycle(nil), first, want)
+		send := p.Pick(cycle(), first, want)
 		if send > len(cands) || send < min(1, len(cands)) {
 			t.Errorf("%d of %d candidates may be named", send, len(cands))
 		}
-		p.Pick(cycle(nil), second, want)
+		p.Pick(cycle(), second, want)
 		if n := min(want, len(cands)); !slices.Equal(endpoints(first[:n]), endpoints(second[:n])) {
 			t.Error("the same candidates were ranked differently the second time")
 		}
 		samePopulation(t, cands, first)
-		cy := cycle(nil)
+		cy := cycle()
 		noAllocations(t, func() { p.Pick(cy, second, min(want, 3)) })
 	}
 }
@@ -82,7 +82,7 @@ func checkPicker(t *testing.T, p scheduler.Picker, cands []scheduler.Candidate) 
 func checkDecider(t *testing.T, d scheduler.Decider, cands []scheduler.Candidate) {
 	t.Helper()
 	check := func(decode *scheduler.Candidate) {
-		cy := cycle(nil)
+		cy := cycle()
 		run, reason := d.Decide(cy, decode)
 		if reason == "" {
 			t.Error("decided without a reason")

@@ -6,11 +6,11 @@ import (
 	"encoding/base64"
 	"fmt"
 	"math"
+	"strconv"
 	"time"
 
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/internal/pooltest"
-	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
 )
 
@@ -28,7 +28,7 @@ func worlds() []world {
 		if role := roles[i%len(roles)]; role != "" {
 			b.Role(role)
 		}
-		return b.Label("a", fmt.Sprint(i%2))
+		return b.Label("a", strconv.Itoa(i%2))
 	}
 	return []world{
 		{"mixed", mixed},
@@ -52,14 +52,14 @@ func worlds() []world {
 func (w world) candidates(n int) []scheduler.Candidate {
 	cands := make([]scheduler.Candidate, n)
 	for i := range cands {
-		e := w.build(i).Build(uint32(i)) //nolint:gosec // at most 500
+		e := w.build(i).Build(uint32(i))
 		m := e.Metrics()
 		c := scheduler.Candidate{
 			Endpoint: e, Metrics: m, Fresh: m.Fresh(now()),
 			Requests: e.Load.Requests(), Tokens: e.Load.Tokens(), SinceScrape: e.Load.SinceScrape(m),
 		}
-		c.Matched[0] = int32(i % 17) //nolint:gosec // below 17
-		c.Score = float64(i % 4)     // equal ones, and zeros
+		c.Matched[0] = int32(i % 17)
+		c.Score = float64(i % 4) // equal ones, and zeros
 		cands[i] = c
 	}
 	return cands
@@ -68,7 +68,7 @@ func (w world) candidates(n int) []scheduler.Candidate {
 func now() time.Time { return time.Date(2026, 7, 1, 0, 0, 0, 0, time.UTC) }
 
 // cycle is the cycle in which every plugin runs.
-func cycle(peer *pool.Endpoint) *scheduler.Cycle {
+func cycle() *scheduler.Cycle {
 	text := "what is the meaning of life?"
 	r := &inference.Request{
 		API: inference.Completions, Model: "m", HasModel: true, N: 1, Prompts: 1, ID: "id", MaxTokens: 10,
@@ -79,7 +79,7 @@ func cycle(peer *pool.Endpoint) *scheduler.Cycle {
 		Text: []inference.Span{{Start: 0, End: len(text)}}, TextBytes: len(text),
 	}
 	r.Body.Append([]byte(text))
-	cy := &scheduler.Cycle{Request: r, Profile: "default", Now: now(), Seed: 42, Peer: peer}
+	cy := &scheduler.Cycle{Request: r, Profile: "default", Now: now(), Seed: 42}
 	cy.Prompts[0] = scheduler.Prompt{Blocks: 16, BlockSize: 64, Tokens: 1000}
 	return cy
 }

@@ -36,8 +36,11 @@ func members(object []byte, names []string, found []inference.Span) {
 
 // keyIs compares a quoted key that contains escapes.
 func keyIs(quoted []byte, name string) bool {
+	if bytes.IndexByte(quoted, '\\') < 0 {
+		return false
+	}
 	var key string
-	return bytes.IndexByte(quoted, '\\') >= 0 && json.Unmarshal(quoted, &key) == nil && key == name
+	return json.Unmarshal(quoted, &key) == nil && key == name
 }
 
 func text(object []byte, s inference.Span) string { return string(object[s.Start:s.End]) }
