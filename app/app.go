@@ -16,7 +16,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -94,7 +93,7 @@ func (a *App) load() error {
 		a.configSum = sha256.Sum256(text)
 	}
 	for _, w := range a.config.Warnings {
-		a.log.Warn(w)
+		a.log.Warn("configuration", slog.String("reason", w))
 	}
 	limit := memoryLimit()
 	setMemoryLimit(limit)
@@ -159,7 +158,7 @@ func (a *App) buildServers() error {
 		options = append(options, grpc.Creds(credentials.NewTLS(a.cert.config(minVersion, suites))))
 	}
 	a.grpcServer = grpc.NewServer(options...)
-	extprocv3.RegisterExternalProcessorServer(a.grpcServer, a.server)
+	a.server.Register(a.grpcServer)
 	healthv1.RegisterHealthServer(a.grpcServer, a.health)
 	a.healthServer = grpc.NewServer()
 	healthv1.RegisterHealthServer(a.healthServer, a.health)

@@ -150,8 +150,9 @@ type endpointView struct {
 func serveEndpoints(snapshot func() *pool.Snapshot) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		now := time.Now()
-		views := []endpointView{}
-		for _, e := range snapshot().Endpoints {
+		endpoints := snapshot().Endpoints
+		views := make([]endpointView, 0, len(endpoints))
+		for _, e := range endpoints {
 			m, standing := e.Metrics(), e.Health.Standing(now)
 			views = append(views, endpointView{
 				Endpoint: e.ID(), Address: e.Hostport, Role: e.Labels[pool.LabelRole], Labels: e.Labels,

@@ -62,7 +62,7 @@ func (a *App) tcp(flag string, port int) (net.Listener, error) {
 func unixSocket(path string) (net.Listener, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket != 0 {
 		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil { //nolint:noctx // bounded by its own timeout
-			_ = conn.Close() //nolint:errcheck // it was only a question
+			_ = conn.Close() // it was only a question
 			return nil, fmt.Errorf("--grpc-socket %s: another process listens there", path)
 		}
 		if err := os.Remove(path); err != nil {
@@ -79,7 +79,7 @@ func unixSocket(path string) (net.Listener, error) {
 func (a *App) closeListeners() {
 	for _, l := range append(a.listeners, a.healthListener, a.metricsListener) {
 		if l != nil {
-			_ = l.Close() //nolint:errcheck // nothing was served on it
+			_ = l.Close() // nothing was served on it
 		}
 	}
 }
@@ -87,7 +87,9 @@ func (a *App) closeListeners() {
 // metricsHandler serves metrics and, where asked for, the debug pages.
 func (a *App) metricsHandler() http.Handler {
 	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "llm_d_epp_info", Help: "Always 1; what runs."}, []string{"commit", "build_ref"})
+	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{ //nolint:promlinter // llm-d's name
+		Name: "llm_d_epp_info", Help: "Always 1; what runs.",
+	}, []string{"commit", "build_ref"})
 	info.WithLabelValues("", a.opts.Version).Set(1)
 	a.registry.MustRegister(info)
 	mux := http.NewServeMux()
@@ -196,7 +198,7 @@ func (a *App) drain(ctx context.Context) {
 	}
 	a.healthServer.Stop()
 	if a.metricsServer != nil {
-		_ = a.metricsServer.Close() //nolint:errcheck // followers of /debug/decisions are cut
+		_ = a.metricsServer.Close() // followers of /debug/decisions are cut
 	}
 }
 

@@ -69,8 +69,8 @@ func (s *suite) build(ctx context.Context) error {
 	return nil
 }
 
-// startBaton starts Baton on the farm's endpoints and returns when it serves.
-func (s *suite) startBaton(ctx context.Context) (*server, error) {
+// startBaton starts a Baton on the farm's endpoints and returns when it serves.
+func (s *suite) startBaton(ctx context.Context, path, label string) (*server, error) {
 	config, err := s.config()
 	if err != nil {
 		return nil, err
@@ -87,11 +87,11 @@ func (s *suite) startBaton(ctx context.Context) (*server, error) {
 	if s.opts.CPUProfile != "" {
 		args = append(args, "--enable-pprof")
 	}
-	c, err := s.launcher.start(ctx, true, s.baton, nil, args...)
+	c, err := s.launcher.start(ctx, true, path, nil, args...)
 	if err != nil {
 		return nil, err
 	}
-	baton := &server{child: c, label: "Baton", addr: local(ports[0]), metrics: local(ports[1])}
+	baton := &server{child: c, label: label, addr: local(ports[0]), metrics: local(ports[1])}
 	if err := baton.serving(ctx); err != nil {
 		baton.stop()
 		return nil, baton.failure(err)
@@ -150,7 +150,7 @@ func (s *suite) idle(ctx context.Context, endpoints int) (float64, error) {
 		return 0, err
 	}
 	defer farm.stop()
-	baton, err := s.startBaton(ctx)
+	baton, err := s.startBaton(ctx, s.baton, labelBaton)
 	if err != nil {
 		return 0, err
 	}

@@ -155,14 +155,14 @@ func (s *suite) measure(ctx context.Context, c benchCase) (*row, error) {
 		return nil, err
 	}
 	defer farm.stop()
-	floor, err := s.startFloor(ctx, addrs)
+	floor, err := s.startBase(ctx, addrs)
 	if err != nil {
 		return nil, err
 	}
 	defer floor.stop()
 	var baton *server
 	if s.baton != "" {
-		if baton, err = s.startBaton(ctx); err != nil {
+		if baton, err = s.startBaton(ctx, s.baton, labelBaton); err != nil {
 			return nil, err
 		}
 		defer baton.stop()
@@ -255,7 +255,20 @@ type server struct {
 	metrics string // of its metrics port; Baton only
 }
 
-func (s *suite) startFloor(ctx context.Context, endpoints []string) (*server, error) {
+const (
+	labelFloor = "floor"
+	labelBaton = "Baton"
+)
+
+// startBase starts what Baton is compared with.
+func (s *suite) startBase(ctx context.Context, endpoints []string) (*server, error) {
+	if s.opts.Against != "" {
+		path, err := filepath.Abs(s.opts.Against)
+		if err != nil {
+			return nil, err
+		}
+		return s.startBaton(ctx, path, labelFloor)
+	}
 	floor, err := s.launcher.part(ctx, true, partFloor, "-endpoints", strings.Join(endpoints, ","))
 	if err != nil {
 		return nil, err
@@ -265,5 +278,5 @@ func (s *suite) startFloor(ctx context.Context, endpoints []string) (*server, er
 		floor.stop()
 		return nil, err
 	}
-	return &server{child: floor, label: "floor", addr: said.Addr}, nil
+	return &server{child: floor, label: labelFloor, addr: said.Addr}, nil
 }

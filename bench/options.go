@@ -17,6 +17,7 @@ type options struct {
 	FloorOnly  bool
 	Out        string // Markdown report; empty writes none
 	Baton      string // binary to measure; empty builds one
+	Against    string // another Baton to take the floor's place; empty is the floor
 	Config     string // EndpointPickerConfig; empty takes the bench's own, see batonConfig
 	CPUProfile string // folder for Baton's CPU profiles
 	Case       *regexp.Regexp
@@ -45,12 +46,13 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	fs.BoolVar(&o.FloorOnly, "floor-only", false, "measure the floor alone")
 	fs.StringVar(&o.Out, "out", "", "write a Markdown report to this `file`, such as bench/results/NAME.md")
 	fs.StringVar(&o.Baton, "baton", "", "Baton's `binary` (default: built from this module)")
+	fs.StringVar(&o.Against, "against", "", "another Baton's `binary` in place of the floor: the ratio then says what a change did")
 	fs.StringVar(&o.Config, "config", "", "EndpointPickerConfig `file`; ENDPOINTS_FILE in it is replaced (default: llm-d's default profile and one more scorer)")
 	fs.StringVar(&o.CPUProfile, "cpuprofile", "", "`folder` for CPU profiles of Baton, one per case, taken under load in a round of its own")
 	fs.StringVar(&filter, "case", "", "run only the cases whose name matches this `regexp`, such as 'prompt=4KB.*endpoints=100'")
-	fs.IntVar(&o.Rounds, "rounds", 4, "rounds per case; in each the floor runs first, then Baton")
-	fs.DurationVar(&o.Warmup, "warmup", 700*time.Millisecond, "load before the measured part of a round")
-	fs.DurationVar(&o.Duration, "duration", 2500*time.Millisecond, "measured part of a round")
+	fs.IntVar(&o.Rounds, "rounds", 8, "rounds per case; in each the floor runs first, then Baton")
+	fs.DurationVar(&o.Warmup, "warmup", 300*time.Millisecond, "load before the measured part of a round")
+	fs.DurationVar(&o.Duration, "duration", time.Second, "measured part of a round")
 	fs.DurationVar(&o.Idle, "idle", 20*time.Second, "watch Baton without load for this long (0: not)")
 	fs.BoolVar(&o.Benchmarks, "schedule", true, "run BenchmarkSchedule for the report")
 	fs.BoolVar(&o.Pin, "pin", false, "servers on core 0, load and endpoints on the other cores (needs taskset)")
@@ -88,8 +90,8 @@ func (o *options) validate(extra int) error {
 	if o.Piece < 1<<10 || o.Piece > 1<<20 {
 		errs = append(errs, errors.New("-piece must be 1024 to 1048576"))
 	}
-	if o.CPUProfile != "" && o.FloorOnly {
-		errs = append(errs, errors.New("-cpuprofile is of Baton, -floor-only leaves it out"))
+	if o.FloorOnly && (o.CPUProfile != "" || o.Against != "") {
+		errs = append(errs, errors.New("-floor-only goes with neither -cpuprofile nor -against"))
 	}
 	return errors.Join(errs...)
 }

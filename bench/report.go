@@ -117,6 +117,9 @@ func method(r *results) string {
 	if r.opts.Rate > 0 {
 		load = fmt.Sprintf("%g requests a second, evenly spaced", r.opts.Rate)
 	}
+	if r.opts.Against != "" {
+		load = "the floor is not the no-op server but " + r.opts.Against + "; " + load
+	}
 	return fmt.Sprintf("Pairs are floor / Baton. Median (min–max) of %d rounds of %v after %v of warm-up, floor and Baton in turn; the ratio is taken round by round. "+
 		"Load: %s, %d connections, body messages of %d bytes, full-duplex response chunks %s. "+
 		"CPU is user and system time of the server process alone, for Baton with scraping, metrics and everything else it does. "+

@@ -178,7 +178,7 @@ func TestSizeCap(t *testing.T) {
 	}
 }
 
-func TestDeepNesting(t *testing.T) {
+func TestDeepOrSlow(t *testing.T) {
 	for _, text := range []string{
 		strings.Repeat("[", 100_000),
 		strings.Repeat("{a: ", 100_000),
@@ -187,6 +187,13 @@ func TestDeepNesting(t *testing.T) {
 		strings.Repeat("!!str ", 50_000) + "a",
 		strings.Repeat("!a\n", 50_000) + "a",
 		strings.Repeat("&a ", 50_000) + "a",
+		`{"a": ` + strings.Repeat("[", 200) + strings.Repeat("]", 200) + "}",
+		// What the parser would take minutes for.
+		"a: |\n " + strings.Repeat("\r", 100_000),
+		"a: |\n " + strings.Repeat("\n", 100_000),
+		"a: [" + strings.Repeat("a, ", 100_000) + "]",
+		strings.Repeat("a: 1\n", 100_000),
+		strings.Repeat("-\n", 100_000),
 	} {
 		if _, err := Parse("deep", []byte(text)); err == nil {
 			t.Errorf("%.20s… loads", text)

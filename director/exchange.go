@@ -104,7 +104,7 @@ func (x *Exchange) settleDecode(ctx context.Context) error {
 	x.director.metrics.repicked.Inc()
 	for _, r := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
 		if r.Endpoint != x.decode && alive(snap, r.Endpoint) {
-			x.moveDecode(r.Endpoint, r.UncachedTokens)
+			x.moveDecode(r.Endpoint, r.ReserveTokens)
 			return nil
 		}
 	}
@@ -114,7 +114,7 @@ func (x *Exchange) settleDecode(ctx context.Context) error {
 		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "no_decode")
 		return err
 	}
-	x.moveDecode(pick.Ranked[0].Endpoint, pick.Ranked[0].UncachedTokens)
+	x.moveDecode(pick.Ranked[0].Endpoint, pick.Ranked[0].ReserveTokens)
 	return nil
 }
 

@@ -84,7 +84,7 @@ func newMetrics(reg prometheus.Registerer, names string) *metrics {
 	m := &metrics{
 		requests: counter(metricName(names, "request_total"), "Requests for which endpoints were picked.", labels...),
 		errors:   counter(metricName(names, "request_error_total"), "Requests answered with an error by the picker.", append(labels, "error_code")...),
-		running: prometheus.NewGaugeVec(prometheus.GaugeOpts{ //nolint:promlinter // llm-d's name
+		running: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: metricName(names, "request_running"), Help: "Requests between pick and end of response.",
 		}, labels),
 		seconds:       histogram(metricName(names, "request_duration_seconds"), "From the request's first byte to the response's end.", secs, labels...),

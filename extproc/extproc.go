@@ -112,6 +112,9 @@ func (s *Server) ServerOptions(maxRecv, maxSend int) []grpc.ServerOption {
 	}
 }
 
+// Register makes g answer ext_proc calls by this server.
+func (s *Server) Register(g *grpc.Server) { extprocv3.RegisterExternalProcessorServer(g, s) }
+
 // Drain begins the end: quiet streams whose response headers were answered are ended with OK, which loses nothing.
 func (s *Server) Drain() { s.drainOnce.Do(func() { close(s.draining) }) }
 

@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -48,6 +49,12 @@ func read(engine, page string) *pool.Metrics {
 
 // oracle computes the summed signals with prometheus/common. ok is false when it refuses the page.
 func oracle(t *table, page []byte) (sums map[signal]float64, ok bool) {
+	// The oracle panics on braces without a name before or in them; such a page counts as refused.
+	defer func() {
+		if recover() != nil {
+			sums, ok = nil, false
+		}
+	}()
 	parser := expfmt.NewTextParser(model.UTF8Validation)
 	families, err := parser.TextToMetricFamilies(bytes.NewReader(page))
 	if err != nil {
@@ -218,6 +225,7 @@ func TestScanAllocatesNothing(t *testing.T) {
 }
 
 func FuzzScan(f *testing.F) {
+	nameless := regexp.MustCompile(`(?m)^[ \t]*\{|\{[ \t]*"`)
 	for _, data := range pages(f) {
 		var wanted [][]byte
 		for line := range bytes.Lines(data) {
@@ -234,9 +242,10 @@ func FuzzScan(f *testing.F) {
 		var x extractor
 		tb.scan(data, &r)
 		x.extract(&r, &pool.Metrics{}, &pool.Metrics{}, false)
-		// Names in quotes inside the braces are newer than the engines' pages and not read.
+		// Names in quotes inside the braces are newer than the engines' pages and not read. The oracle takes a carriage
+		// return for a part of the value, and braces without any name for the series before.
 		want, ok := oracle(tb, data)
-		if !ok || bytes.Contains(data, []byte("{\"")) || strings.Contains(string(data), "\r") {
+		if !ok || bytes.ContainsRune(data, '\r') || nameless.Match(data) {
 			return
 		}
 		for _, sig := range compared() {

@@ -153,7 +153,7 @@ func TestSessionTableIsBounded(t *testing.T) {
 	s := scorer(t, "session-affinity-scorer", "{strategy: session_id}")
 	cands := rows(pooltest.E("a"))
 	cy := cycle()
-	for i := range 200_000 {
+	for i := range 140_000 {
 		id := time.Duration(i).String()
 		cy.Request.Headers = inference.Headers{{Name: "x-session-id", Value: id}}
 		s.(scheduler.Learner).Learn(cy.Request, cands[0].Endpoint, nil)

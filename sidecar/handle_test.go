@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -57,27 +58,40 @@ func TestHandleLeavesOnce(t *testing.T) {
 
 // TestHandleTooOld: under the engine's lease, or not at all (DESIGN.md 3.3).
 func TestHandleTooOld(t *testing.T) {
-	r, j, out := prefilled(t, func(c *config.Disaggregation) { c.HandleMaxAge = 20 * time.Millisecond })
-	time.Sleep(time.Until(out.HandleUntil) + time.Millisecond)
-	r.Forward(t.Context(), j, out, j.Decode)
-	r.alone(j, out, "handle_expired")
-	r.Abandon(t.Context(), j, out, "client_gone")
-	r.want(1, "leaked_prefill_total")
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		net := r.bubble()
+		late := net.server("late", func(w http.ResponseWriter, req *http.Request) {
+			w.WriteHeader(http.StatusOK)
+			_ = http.NewResponseController(w).Flush()
+			time.Sleep(26 * time.Second)
+			answer(goodAnswer)(w, req)
+		})
+		good := net.server("good", answer(goodAnswer))
+		d := r.add("d", "decode", "10.9.9.1:8000")
+		j := r.job(inference.Completions, clientBody, d, good)
+		out := r.run(j)
+		time.Sleep(25 * time.Second)
+		r.Forward(t.Context(), j, out, d)
+		if !out.HasHandle {
+			t.Error("25 s is not too old")
+		}
 
-	// Its age counts from the answer's headers: a body that takes too long is late when it ends.
-	r = newRig(t, func(c *config.Disaggregation) { c.HandleMaxAge = 20 * time.Millisecond })
-	late := r.server("late", func(w http.ResponseWriter, req *http.Request) {
-		w.WriteHeader(http.StatusOK)
-		_ = http.NewResponseController(w).Flush()
-		time.Sleep(40 * time.Millisecond)
-		answer(goodAnswer)(w, req)
+		j = r.job(inference.Completions, clientBody, d, good)
+		out = r.run(j)
+		time.Sleep(25*time.Second + 1)
+		r.Forward(t.Context(), j, out, d)
+		r.alone(j, out, "handle_expired")
+		r.Abandon(t.Context(), j, out, "client_gone")
+		r.want(1, "leaked_prefill_total")
+
+		// Its age counts from the answer's headers: a body that takes too long is late when it ends.
+		out = r.run(r.job(inference.Completions, clientBody, d, late, good))
+		if reasons(out) != "handle_expired ok" || out.Prefiller != good {
+			t.Errorf("%s", reasons(out))
+		}
+		r.want(2*77, "leaked_prefill_tokens_total")
 	})
-	good := r.server("good", answer(goodAnswer))
-	out = r.run(r.job(inference.Completions, clientBody, nil, late, good))
-	if reasons(out) != "handle_expired ok" || out.Prefiller != good {
-		t.Errorf("%s", reasons(out))
-	}
-	r.want(77, "leaked_prefill_tokens_total")
 }
 
 // TestHandleForOtherEngine: decode was picked anew and reads other handles.

@@ -116,10 +116,10 @@ func (p *process) expire(l *lease) {
 	if l.noRaw != "" {
 		leak.Reason += ": " + l.noRaw
 	}
+	p.e.records.leak(leak) // first, so that whoever sees no hold sees the leak
 	p.freeLocked(l)
 	p.meter.add(metricSlots().expired, 1)
 	p.mu.Unlock()
-	p.e.records.leak(leak)
 }
 
 func (p *process) freeLocked(l *lease) {

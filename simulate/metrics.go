@@ -59,6 +59,11 @@ var pageBuffers = sync.OnceValue(func() *sync.Pool {
 	return &sync.Pool{New: func() any { return new(make([]byte, 0, 72<<10)) }}
 })
 
+// compressors are reused: one holds most of a megabyte.
+var compressors = sync.OnceValue(func() *sync.Pool {
+	return &sync.Pool{New: func() any { return gzip.NewWriter(nil) }}
+})
+
 // slashPage sends a page as prometheus_client's own handler does: chunked, compressed and as OpenMetrics if asked.
 func (x *exchange) slashPage(page []byte) {
 	h := x.w.Header()
@@ -69,7 +74,9 @@ func (x *exchange) slashPage(page []byte) {
 	}
 	if strings.Contains(x.r.Header.Get("Accept-Encoding"), "gzip") {
 		h["Content-Encoding"] = []string{"gzip"}
-		z := gzip.NewWriter(x.w)
+		z, _ := compressors().Get().(*gzip.Writer)
+		defer compressors().Put(z)
+		z.Reset(x.w)
 		_, _ = z.Write(page)
 		_ = z.Close()
 	} else {

@@ -120,7 +120,7 @@ func (s *stack) startBaton(ctx context.Context) error {
 		return fmt.Errorf("baton's configuration: %w", err)
 	}
 	file := filepath.Join(s.o.Dir, "epp.yaml")
-	if err := os.WriteFile(file, config, 0o600); err != nil {
+	if err := os.WriteFile(file, config, 0o600); err != nil { //nolint:gosec // the run folder is the user's choice
 		return fmt.Errorf("baton's configuration: %w", err)
 	}
 	err = s.super.start(ctx, command{

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -21,7 +22,6 @@ type serveFlags struct {
 	metricsAuth, leaderElection     bool
 	recvSize, sendSize              string
 	kubernetes                      map[string]*string // flags that only the Kubernetes source will use
-	ignored                         []string
 	emitScores, grpcMetrics, tracer bool
 }
 
@@ -130,7 +130,7 @@ func (f *serveFlags) resolve(fs *pflag.FlagSet) (*app.Options, error) {
 	o.Logger = logger(f.verbosity, f.zapEncoder == "json")
 	for name, value := range f.kubernetes {
 		if *value != "" {
-			o.Logger.Warn("flag is for the Kubernetes source, which is not built yet; it changes nothing", "flag", "--"+name)
+			o.Logger.Warn("flag is for the Kubernetes source, which is not built yet; it changes nothing", slog.String("flag", "--"+name))
 		}
 	}
 	return &o, errors.Join(errs...)

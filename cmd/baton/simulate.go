@@ -27,7 +27,7 @@ func newSimulate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "simulate", Short: "Run a pool of simulated model servers", Long: simulateHelp, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var errs []error
+			errs := make([]error, 0, len(faults))
 			for _, text := range faults {
 				f, err := simulate.ParseFault(text)
 				errs = append(errs, err)

@@ -40,7 +40,7 @@ func Binary(tb testing.TB) string {
 // FreePort finds a port that was free a moment ago.
 func FreePort(tb testing.TB) int {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(tb.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -68,8 +68,9 @@ func Start(tb testing.TB, render func(listenPort, adminPort int) ([]byte, error)
 		tb.Fatal(err)
 	}
 	log := filepath.Join(dir, "envoy.log")
+	// Stopped by the clean-up below, after the test's own context has ended.
 	//nolint:gosec // the test's own Envoy
-	cmd := exec.Command(binary, "-c", file, "--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warn", "--log-path", log, "--drain-time-s", "1")
+	cmd := exec.CommandContext(context.WithoutCancel(tb.Context()), binary, "-c", file, "--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warn", "--log-path", log, "--drain-time-s", "1")
 	out, err := os.Create(filepath.Join(dir, "envoy.out"))
 	if err != nil {
 		tb.Fatal(err)
@@ -100,14 +101,19 @@ func Start(tb testing.TB, render func(listenPort, adminPort int) ([]byte, error)
 
 // wait polls the admin interface until Envoy and its clusters' health checks are ready.
 func (e *Envoy) wait(ctx context.Context) error {
-	deadline := time.Now().Add(30 * time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	client := &http.Client{Timeout: 5 * time.Second}
+	defer client.CloseIdleConnections()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
 	var last error
-	for time.Now().Before(deadline) {
+	for {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.Admin+"/ready", http.NoBody)
 		if err != nil {
 			return err
 		}
-		resp, err := http.DefaultClient.Do(req)
+		resp, err := client.Do(req)
 		if err == nil {
 			_ = resp.Body.Close()
 			if resp.StatusCode == http.StatusOK {
@@ -116,7 +122,10 @@ func (e *Envoy) wait(ctx context.Context) error {
 			err = fmt.Errorf("status %d", resp.StatusCode)
 		}
 		last = err
-		time.Sleep(20 * time.Millisecond)
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("envoy not ready after 30 s: %w", last)
+		}
 	}
-	return fmt.Errorf("envoy not ready after 30 s: %w", last)
 }
