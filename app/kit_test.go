@@ -42,9 +42,11 @@ type stackOptions struct {
 	values  func(*envoy.Values)
 	rewrite func(string) string // of the rendered Envoy configuration, for gateways unlike ours
 	config  string              // what follows the plugins that every test has
+	whole   string              // the whole configuration, instead
 	decider string              // of prefill; default always-disagg-pd-decider
 	options func(*Options)
 	noEnvoy bool
+	pickers int // replicas; default 1
 }
 
 // fast is a pool whose requests take milliseconds.
@@ -90,20 +92,23 @@ func newStack(t *testing.T, o stackOptions) *stack {
 		o.decider = "always-disagg-pd-decider"
 	}
 	dir := t.TempDir()
-	s := &stack{t: t, config: filepath.Join(dir, "epp.yaml"), done: make(chan error, 1)}
-	s.startPool(o.pool, filepath.Join(dir, "endpoints.yaml"))
-	s.writeConfig(fmt.Sprintf(testConfig, o.decider, o.config))
-	s.startApp(o.options)
+	s := &stack{t: t, options: o, dir: dir, config: filepath.Join(dir, "epp.yaml")}
+	s.startPool(o.pool)
+	s.writeConfig(o.config)
+	for range max(1, o.pickers) {
+		s.pickers = append(s.pickers, s.startPicker(o.options))
+	}
+	s.picker = s.pickers[0]
 	if !o.noEnvoy {
 		s.startEnvoy(o)
 	}
 	transport := &http.Transport{MaxIdleConnsPerHost: 2000, DisableCompression: true}
-	s.client = &http.Client{Transport: transport, Timeout: time.Minute}
+	s.client = &http.Client{Transport: transport, Timeout: 2 * time.Minute}
 	t.Cleanup(transport.CloseIdleConnections)
 	return s
 }
 
-func (s *stack) startPool(o simulate.PoolOptions, endpoints string) {
+func (s *stack) startPool(o simulate.PoolOptions) {
 	s.t.Helper()
 	var err error
 	if s.pool, err = simulate.NewPool(o); err != nil {
@@ -113,22 +118,35 @@ func (s *stack) startPool(o simulate.PoolOptions, endpoints string) {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() { _ = s.pool.Close() })
-	if err := s.pool.WriteEndpoints(endpoints); err != nil {
+	if err := s.pool.WriteEndpoints(s.endpointsFile()); err != nil {
 		s.t.Fatal(err)
 	}
 }
 
-func (s *stack) writeConfig(text string) {
+func (s *stack) endpointsFile() string { return filepath.Join(s.dir, "endpoints.yaml") }
+
+// writeConfig puts a configuration file in place that ends in extra.
+func (s *stack) writeConfig(extra string) {
 	s.t.Helper()
-	if err := os.WriteFile(s.config+".next", []byte(text), 0o600); err != nil {
-		s.t.Fatal(err)
+	text := fmt.Sprintf(testConfig, s.options.decider, extra)
+	if s.options.whole != "" {
+		text = s.options.whole + extra
 	}
-	if err := os.Rename(s.config+".next", s.config); err != nil {
-		s.t.Fatal(err)
+	replaceFile(s.t, s.config, text)
+}
+
+// replaceFile puts a file in place at once, whole.
+func replaceFile(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path+".next", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".next", path); err != nil {
+		t.Fatal(err)
 	}
 }
 
-func (s *stack) startApp(change func(*Options)) {
+func (s *stack) startPicker(change func(*Options)) *picker {
 	s.t.Helper()
 	o := DefaultOptions()
 	o.ConfigFile, o.BindAddress, o.GRPCPort, o.HealthPort, o.MetricsPort = s.config, "127.0.0.1", 0, 0, 0
@@ -138,20 +156,25 @@ func (s *stack) startApp(change func(*Options)) {
 	if change != nil {
 		change(&o)
 	}
-	var err error
-	if s.app, err = New(o); err != nil {
+	a, err := New(o)
+	if err != nil {
 		s.t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(context.Background()) //nolint:usetesting // outlives the test's context: the drain is under test
-	s.stop = stop
-	go func() { s.done <- s.app.Run(ctx) }()
+	p := &picker{app: a, stop: stop, ended: make(chan struct{})}
+	go func() {
+		defer close(p.ended)
+		p.err = a.Run(ctx)
+	}()
 	s.t.Cleanup(func() {
 		stop()
-		if err := <-s.done; err != nil {
-			s.t.Errorf("baton ended with: %v", err)
+		<-p.ended
+		if p.err != nil {
+			s.t.Errorf("baton ended with: %v", p.err)
 		}
 	})
-	eventually(s.t, "the pool is known", func() bool { return s.app.Snapshot().Synced && len(s.app.Snapshot().Endpoints) > 0 })
+	eventually(s.t, "the pool is known", func() bool { return a.Snapshot().Synced && len(a.Snapshot().Endpoints) > 0 })
+	return p
 }
 
 // testWriter sends log lines to the test.
@@ -169,8 +192,11 @@ func (s *stack) startEnvoy(o stackOptions) {
 	if o.envoy == "" {
 		o.envoy = envoy.QuietOverrideHost
 	}
-	s.envoy = envoytest.Start(s.t, func(listen, admin int) ([]byte, error) {
-		v := envoy.Values{ListenPort: listen, AdminPort: admin, EPPPort: port(s.app.Addr())}
+	s.envoy = envoytest.Start(s.t, func() ([]byte, error) {
+		v := envoy.Values{}
+		if s.app.Addr().Network() == "tcp" {
+			v.EPPPort = port(s.app.Addr())
+		}
 		for _, e := range s.pool.Engines() {
 			v.Endpoints = append(v.Endpoints, e.Addr())
 		}
@@ -178,6 +204,7 @@ func (s *stack) startEnvoy(o stackOptions) {
 			o.values(&v)
 		}
 		text, err := envoy.Render(o.envoy, v)
+		text = s.addPickers(text)
 		if err == nil && o.rewrite != nil {
 			changed := o.rewrite(string(text))
 			if changed == string(text) {
@@ -187,6 +214,16 @@ func (s *stack) startEnvoy(o stackOptions) {
 		}
 		return text, err
 	})
+}
+
+// addPickers lists the further replicas behind the first.
+func (s *stack) addPickers(text []byte) []byte {
+	for _, p := range s.pickers[1:] {
+		one := fmt.Sprintf("        - endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: %d } } }\n", port(s.app.Addr()))
+		more := strings.Replace(one, strconv.Itoa(port(s.app.Addr())), strconv.Itoa(port(p.app.Addr())), 1)
+		text = bytes.Replace(text, []byte(one), []byte(one+more), 1)
+	}
+	return text
 }
 
 func port(a net.Addr) int { return int(netip.MustParseAddrPort(a.String()).Port()) }
@@ -252,17 +289,25 @@ func (s *stack) decision(requestID string) director.Record {
 	return found[0]
 }
 
-// settled asserts that nothing is left: no load counted, no block held that is not accounted as leaked.
+// settled asserts that nothing is left: no stream, no byte and no load counted, no block held, no engine dead, and no
+// prefill leaked.
 func (s *stack) settled() {
 	s.t.Helper()
-	eventually(s.t, "no load left", func() bool {
-		for _, e := range s.app.Snapshot().Endpoints {
-			if e.Load.Requests() != 0 || e.Load.Tokens() != 0 {
-				return false
-			}
+	s.settledWith(0)
+}
+
+// settledWith is settled for a test that makes prefills leak: as many as the picker counts, and it counts leaks.
+func (s *stack) settledWith(leaks int) {
+	s.t.Helper()
+	for _, p := range s.pickers {
+		eventually(s.t, "no stream left", func() bool { return p.app.server.Streams() == 0 })
+		if n := p.sum("baton_admission_held_bytes"); n != 0 {
+			s.t.Errorf("%v body bytes still held", n)
 		}
-		return true
-	})
+		if !p.stopped() { // estimates end with scrapes
+			eventually(s.t, "no load left", func() bool { return p.load("") == 0 })
+		}
+	}
 	eventually(s.t, "no KV block held", func() bool {
 		for _, e := range s.pool.Engines() {
 			if len(e.Held()) > 0 {
@@ -271,6 +316,54 @@ func (s *stack) settled() {
 		}
 		return true
 	})
+	leaked, counted := 0, 0.0
+	for _, e := range s.pool.Engines() {
+		leaked += len(e.Leaked())
+		for _, d := range e.Deaths() {
+			s.t.Errorf("engine %s died: %+v", e.Name(), d)
+		}
+	}
+	for _, p := range s.pickers {
+		counted += p.sum("baton_sidecar_leaked_prefill_total")
+	}
+	if leaked != leaks || int(counted) != leaks {
+		s.t.Errorf("engines leaked %d prefills, the picker counted %v, want %d", leaked, counted, leaks)
+	}
+}
+
+// load is what the picker counts on the endpoints of a role ("" is all): requests and tokens.
+func (p *picker) load(role string) (n int64) {
+	for _, e := range p.app.Snapshot().Endpoints {
+		if role == "" || e.Labels[pool.LabelRole] == role {
+			n += e.Load.Requests() + e.Load.Tokens()
+		}
+	}
+	return n
+}
+
+// sum adds up the series of a metric of a picker, which may have been stopped.
+func (p *picker) sum(name string, labels ...string) (total float64) {
+	families, err := p.app.registry.Gather()
+	if err != nil {
+		panic(err)
+	}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			match := 0
+			for _, l := range m.GetLabel() {
+				if slices.Contains(labels, l.GetValue()) {
+					match++
+				}
+			}
+			if match == len(labels) {
+				total += m.GetCounter().GetValue() + m.GetGauge().GetValue()
+			}
+		}
+	}
+	return total
 }
 
 // metric reads one series of the picker's metrics; 0 when it is not there.
@@ -297,10 +390,10 @@ func (s *stack) metric(series string) float64 {
 	return 0
 }
 
-// eventually polls until the condition holds or twenty seconds are over.
+// eventually polls until the condition holds or half a minute is over.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for !condition() {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
@@ -309,11 +402,11 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-// prefills and decodes count the requests that the engines of a role saw.
+// seen counts the requests that the engines of a role saw.
 func (s *stack) seen(role string) (n int) {
 	for _, e := range s.pool.Engines() {
 		if e.Role() == role {
-			n += len(e.Bodies())
+			n += e.Stats().Requests
 		}
 	}
 	return n

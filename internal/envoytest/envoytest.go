@@ -5,13 +5,14 @@ package envoytest
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"net"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -37,28 +38,12 @@ func Binary(tb testing.TB) string {
 	return path
 }
 
-// FreePort finds a port that was free a moment ago.
-func FreePort(tb testing.TB) int {
-	tb.Helper()
-	l, err := new(net.ListenConfig).Listen(tb.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer l.Close()
-	addr, ok := l.Addr().(*net.TCPAddr)
-	if !ok {
-		tb.Fatalf("no TCP address: %v", l.Addr())
-	}
-	return addr.Port
-}
-
-// Start runs Envoy with the configuration that render makes for the two ports it is given, waits until Envoy serves and
-// stops it with the test.
-func Start(tb testing.TB, render func(listenPort, adminPort int) ([]byte, error)) *Envoy {
+// Start runs Envoy with the configuration that render makes, waits until Envoy serves and stops it with the test. Both
+// ports in the configuration must be 0: Envoy takes free ones, so that no other test can take them first.
+func Start(tb testing.TB, render func() ([]byte, error)) *Envoy {
 	tb.Helper()
 	binary := Binary(tb)
-	listen, admin := FreePort(tb), FreePort(tb)
-	text, err := render(listen, admin)
+	text, err := render()
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -67,10 +52,10 @@ func Start(tb testing.TB, render func(listenPort, adminPort int) ([]byte, error)
 	if err := os.WriteFile(file, text, 0o600); err != nil {
 		tb.Fatal(err)
 	}
-	log := filepath.Join(dir, "envoy.log")
+	log, admin := filepath.Join(dir, "envoy.log"), filepath.Join(dir, "admin")
 	// Stopped by the clean-up below, after the test's own context has ended.
 	//nolint:gosec // the test's own Envoy
-	cmd := exec.CommandContext(context.WithoutCancel(tb.Context()), binary, "-c", file, "--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warn", "--log-path", log, "--drain-time-s", "1")
+	cmd := exec.CommandContext(context.WithoutCancel(tb.Context()), binary, "-c", file, "--admin-address-path", admin, "--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warn", "--log-path", log, "--drain-time-s", "1")
 	out, err := os.Create(filepath.Join(dir, "envoy.out"))
 	if err != nil {
 		tb.Fatal(err)
@@ -92,40 +77,66 @@ func Start(tb testing.TB, render func(listenPort, adminPort int) ([]byte, error)
 			}
 		}
 	})
-	e := &Envoy{URL: "http://127.0.0.1:" + strconv.Itoa(listen), Admin: "http://127.0.0.1:" + strconv.Itoa(admin), PID: cmd.Process.Pid}
-	if err := e.wait(tb.Context()); err != nil {
+	e := &Envoy{PID: cmd.Process.Pid}
+	if err := e.wait(tb.Context(), admin); err != nil {
 		tb.Fatal(err)
 	}
 	return e
 }
 
-// wait polls the admin interface until Envoy and its clusters' health checks are ready.
-func (e *Envoy) wait(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+// wait polls until Envoy has said where its admin interface listens, and that it and its clusters' health checks are
+// ready; then it asks for the listener's address.
+func (e *Envoy) wait(ctx context.Context, adminFile string) error {
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
 	defer cancel()
-	client := &http.Client{Timeout: 5 * time.Second}
-	defer client.CloseIdleConnections()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	var last error
+	last := errors.New("no admin interface")
 	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.Admin+"/ready", http.NoBody)
-		if err != nil {
-			return err
-		}
-		resp, err := client.Do(req)
-		if err == nil {
-			_ = resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return nil
+		address, err := os.ReadFile(adminFile)
+		if err == nil && len(address) > 0 {
+			e.Admin = "http://" + string(address)
+			if _, last = e.Get(ctx, "/ready"); last == nil {
+				return e.findListener(ctx)
 			}
-			err = fmt.Errorf("status %d", resp.StatusCode)
 		}
-		last = err
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("envoy not ready after 30 s: %w", last)
+			return fmt.Errorf("envoy not ready after 60 s: %w", last)
 		}
 	}
+}
+
+// findListener learns the port that the one listener was given.
+func (e *Envoy) findListener(ctx context.Context) error {
+	text, err := e.Get(ctx, "/listeners")
+	if err != nil {
+		return err
+	}
+	// name::address, a line each.
+	_, address, ok := strings.Cut(strings.TrimSpace(string(text)), "::")
+	if !ok {
+		return fmt.Errorf("envoy listeners: %q", text)
+	}
+	e.URL = "http://" + address
+	return nil
+}
+
+// Get asks the admin interface; anything but 200 is an error.
+func (e *Envoy) Get(ctx context.Context, path string) ([]byte, error) {
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.Admin+path, http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("envoy admin %s: status %d", path, resp.StatusCode)
+	}
+	return io.ReadAll(resp.Body)
 }
