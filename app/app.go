@@ -200,8 +200,8 @@ func joined(errs ...error) error {
 
 // describe says in one line what was started.
 func (a *App) describe() string {
-	if a.opts.ConfigFile == "" && a.opts.ConfigText == "" {
-		return "default profile: queue-scorer 2, kv-cache-utilization-scorer 2, prefix-cache-scorer 3; decode roles only where role labels exist"
+	if a.scheduler.Guards() {
+		return "default profile (queue-scorer 2, kv-cache-utilization-scorer 2, prefix-cache-scorer 3); where role labels exist, decode roles only"
 	}
 	return fmt.Sprintf("%d plugins, %d profiles", len(a.config.Plugins), len(a.config.SchedulingProfiles))
 }

@@ -3,6 +3,7 @@
 package app
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -13,6 +14,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,19 +23,38 @@ import (
 	"github.com/baton-epp/baton/director"
 	"github.com/baton-epp/baton/internal/envoytest"
 	"github.com/baton-epp/baton/manifests/envoy"
+	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/simulate"
 )
 
 // stack is the whole thing on loopback: simulated engines, the picker in this process, and a real Envoy before it.
 type stack struct {
-	t      *testing.T
-	pool   *simulate.Pool
-	app    *App
-	envoy  *envoytest.Envoy
-	client *http.Client
-	stop   context.CancelFunc // SIGTERM for the picker
-	done   chan error
-	config string // path of the configuration file
+	*picker // the first
+	t       *testing.T
+	pool    *simulate.Pool
+	pickers []*picker
+	envoy   *envoytest.Envoy
+	client  *http.Client
+	options stackOptions
+	dir     string
+	config  string // path of the configuration file
+}
+
+// picker is a running App.
+type picker struct {
+	app   *App
+	stop  context.CancelFunc // SIGTERM
+	ended chan struct{}      // closed when Run has returned
+	err   error              // of Run; read it after ended
+}
+
+func (p *picker) stopped() bool {
+	select {
+	case <-p.ended:
+		return true
+	default:
+		return false
+	}
 }
 
 // stackOptions vary a stack; the zero value is two prefill and two decode engines behind quiet-override-host.

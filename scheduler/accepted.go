@@ -3,7 +3,6 @@
 package scheduler
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -12,110 +11,12 @@ import (
 )
 
 // The types of this file stand in llm-d's files for work that Baton does elsewhere, or for sections that are not acted
-// upon yet: their parameters are checked, and kept for the packages that want them ([Plugins]).
+// upon yet. Their parameters are checked here, but for those that another package decodes.
 
-// MetricsSource holds the parameters of a metrics-data-source (reference config.md 2.6).
-type MetricsSource struct {
-	Scheme string `yaml:"scheme"` // http (default) or https
-	Path   string `yaml:"path"`   // default /metrics
-	Port   int    `yaml:"port"`   // 0 (default) = the endpoint's own
-	// Interval is the time between scrapes; 0 (default) = adaptive.
-	Interval           time.Duration `yaml:"interval"`
-	InsecureSkipVerify bool          `yaml:"insecureSkipVerify"` // default true
-	CACertPath         string        `yaml:"caCertPath"`
-	ClientCertPath     string        `yaml:"clientCertPath"`
-	ClientKeyPath      string        `yaml:"clientKeyPath"`
-}
+// elsewhere is a plugin whose parameters another package owns and decodes: where endpoints and metrics come from.
+type elsewhere struct{}
 
-// DefaultMetricsSource is llm-d's, used where the file configures none.
-func DefaultMetricsSource() *MetricsSource {
-	return &MetricsSource{Scheme: "http", Path: "/metrics", InsecureSkipVerify: true}
-}
-
-func newMetricsSource(_ *Builder, raw config.Parameters) (any, error) {
-	p := DefaultMetricsSource()
-	if err := raw.Decode(p); err != nil {
-		return nil, err
-	}
-	switch {
-	case p.Scheme != "http" && p.Scheme != "https":
-		return nil, raw.Errorf("scheme", "%q, must be http or https", p.Scheme)
-	case p.Port < 0 || p.Port > 65535:
-		return nil, raw.Errorf("port", "%d, must be between 0 and 65535", p.Port)
-	case p.Interval < 0:
-		return nil, raw.Errorf("interval", "%v, must be ≥ 0", p.Interval)
-	case (p.ClientCertPath == "") != (p.ClientKeyPath == ""):
-		return nil, raw.Errorf("clientCertPath", "clientCertPath and clientKeyPath go together")
-	}
-	return p, nil
-}
-
-// CoreExtractor holds the parameters of a core-metrics-extractor: which metrics of which engine are what.
-type CoreExtractor struct {
-	EngineLabelKey string         `yaml:"engineLabelKey"` // default llm-d.ai/engine-type
-	DefaultEngine  string         `yaml:"defaultEngine"`  // default vllm
-	EngineConfigs  []EngineConfig `yaml:"engineConfigs"`  // added to, or in the place of, the built-in ones
-}
-
-// EngineConfig names one engine's metrics. A spec is a metric name, with labels as in name{label=value,…}; empty = the
-// built-in one.
-type EngineConfig struct {
-	Name                    string         `yaml:"name"`
-	QueuedRequestsSpec      string         `yaml:"queuedRequestsSpec"`
-	RunningRequestsSpec     string         `yaml:"runningRequestsSpec"`
-	KVUsageSpec             string         `yaml:"kvUsageSpec"`
-	LoRASpec                string         `yaml:"loraSpec"`
-	CacheInfoSpec           string         `yaml:"cacheInfoSpec"`
-	CacheBlockSizeLabelName string         `yaml:"cacheBlockSizeLabelName"`
-	CacheNumBlocksLabelName string         `yaml:"cacheNumBlocksLabelName"`
-	CacheBlockSizeSpec      string         `yaml:"cacheBlockSizeSpec"`
-	CacheNumBlocksSpec      string         `yaml:"cacheNumBlocksSpec"`
-	CustomMetrics           []CustomMetric `yaml:"customMetrics"`
-}
-
-// CustomMetric publishes any gauge as an attribute; accepted, nothing reads attributes yet.
-type CustomMetric struct {
-	AttributeKey string `yaml:"attributeKey"`
-	MetricSpec   string `yaml:"metricSpec"`
-}
-
-// DefaultCoreExtractor is llm-d's, used where the file configures none.
-func DefaultCoreExtractor() *CoreExtractor {
-	return &CoreExtractor{EngineLabelKey: "llm-d.ai/engine-type", DefaultEngine: "vllm"}
-}
-
-func newCoreExtractor(b *Builder, raw config.Parameters) (any, error) {
-	p := DefaultCoreExtractor()
-	if err := raw.Decode(p); err != nil {
-		return nil, err
-	}
-	for i, e := range p.EngineConfigs {
-		if e.Name == "" {
-			return nil, raw.Errorf(fmt.Sprintf("engineConfigs[%d].name", i), "is required")
-		}
-		if len(e.CustomMetrics) > 0 {
-			b.Warn("engineConfigs[%d].customMetrics: nothing reads attributes yet", i)
-		}
-	}
-	return p, nil
-}
-
-// FileDiscovery holds the parameters of a file-discovery (reference config.md 5).
-type FileDiscovery struct {
-	Path      string `yaml:"path"`      // required
-	WatchFile bool   `yaml:"watchFile"` // default false
-}
-
-func newFileDiscovery(_ *Builder, raw config.Parameters) (any, error) {
-	p := &FileDiscovery{}
-	if err := raw.Decode(p); err != nil {
-		return nil, err
-	}
-	if p.Path == "" {
-		return nil, raw.Errorf("path", "is required")
-	}
-	return p, nil
-}
+func newElsewhere(*Builder, config.Parameters) (any, error) { return elsewhere{}, nil }
 
 // UtilizationDetector holds the parameters of a utilization-detector; nothing sheds by it yet.
 type UtilizationDetector struct {

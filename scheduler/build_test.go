@@ -5,7 +5,6 @@ package scheduler_test
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -230,25 +229,6 @@ func TestOptionsAreChecked(t *testing.T) {
 	}
 	if err == nil || cmp.Diff(want, strings.Split(err.Error(), "\n")) != "" {
 		t.Errorf("%v, want %q", err, want)
-	}
-}
-
-func TestParametersForOthers(t *testing.T) {
-	s := load(t, `
-plugins:
-- {type: metrics-data-source, name: src, parameters: {scheme: https, port: 9000, interval: 100ms}}
-- {type: file-discovery, parameters: {path: e.yaml, watchFile: true}}
-- {type: core-metrics-extractor}
-`)
-	want := map[string]*scheduler.MetricsSource{"src": {Scheme: "https", Path: "/metrics", Port: 9000, Interval: 100 * time.Millisecond, InsecureSkipVerify: true}}
-	if diff := cmp.Diff(want, scheduler.Plugins[*scheduler.MetricsSource](s)); diff != "" {
-		t.Error(diff)
-	}
-	if diff := cmp.Diff(map[string]*scheduler.FileDiscovery{"file-discovery": {Path: "e.yaml", WatchFile: true}}, scheduler.Plugins[*scheduler.FileDiscovery](s)); diff != "" {
-		t.Error(diff)
-	}
-	if got := scheduler.Plugins[*scheduler.CoreExtractor](s)["core-metrics-extractor"]; got == nil || got.DefaultEngine != "vllm" {
-		t.Errorf("core-metrics-extractor: %+v", got)
 	}
 }
 

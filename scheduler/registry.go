@@ -36,9 +36,9 @@ func Builtin() Registry {
 		"token-producer":     newTokenProducer,
 		"tokenizer":          Deprecated(newTokenProducer, "use token-producer"),
 
-		"metrics-data-source":          newMetricsSource,
-		"core-metrics-extractor":       newCoreExtractor,
-		"file-discovery":               newFileDiscovery,
+		"metrics-data-source":          newElsewhere,
+		"core-metrics-extractor":       newElsewhere,
+		"file-discovery":               newElsewhere,
 		"endpoint-notification-source": newUnparametrised,
 
 		"openai-parser":      newUnparametrised,

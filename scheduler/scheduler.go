@@ -210,8 +210,7 @@ func (s *Scheduler) ResponseHeaders(e *pool.Endpoint) []inference.Header {
 	return out
 }
 
-// Plugins returns the configured plugins that are a T, by name, for instance
-// Plugins[*scheduler.MetricsSource](s): the way by which other packages get parameters that the file keeps here.
+// Plugins returns the configured plugins that are a T, by name: what the contract kit runs.
 func Plugins[T any](s *Scheduler) map[string]T {
 	out := map[string]T{}
 	for _, b := range s.plugins {

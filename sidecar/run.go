@@ -105,7 +105,7 @@ func (r *run) prefill(ctx context.Context) (*Outcome, error) {
 			break
 		}
 		e := r.usable(ranked[i].Endpoint, i == 0, time.Now())
-		if e == nil || !r.s.sameWire(e.Engine, &r.wire) {
+		if e == nil {
 			continue
 		}
 		if r.j.Decode != nil && keyOf(e) == keyOf(r.j.Decode) {
@@ -133,10 +133,13 @@ func (r *run) prefill(ctx context.Context) (*Outcome, error) {
 }
 
 // usable returns the endpoint as the snapshot has it now, or nil when it must not be asked: it left the pool, changed
-// its role, or is known to be sick. The first choice is the scheduler's, which has weighed its health.
+// its role, speaks another wire, or is known to be sick. The first choice is the scheduler's, which has weighed its health.
 func (r *run) usable(ranked *pool.Endpoint, first bool, now time.Time) *pool.Endpoint {
 	e := r.o.snapshot().ByAddr(ranked.Addr)
 	if e == nil || e.UID != ranked.UID || e.Role != 0 && !e.Role.Has(pool.RolePrefill) {
+		return nil
+	}
+	if r.out.way == wayOrchestrate && !r.s.sameWire(e.Engine, &r.wire) {
 		return nil
 	}
 	switch e.Health.Standing(now) {
