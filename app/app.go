@@ -60,19 +60,14 @@ type App struct {
 
 // New reads the configuration, builds every part and opens the listeners; nothing is served yet. The error joins every
 // problem; after an error nothing stays open.
-func New(o Options) (a *App, err error) {
+func New(o Options) (*App, error) {
 	if err := o.validate(); err != nil {
 		return nil, err
 	}
-	a = &App{opts: o, log: o.Logger.With(slog.String("component", "app")), registry: prometheus.NewRegistry(), health: newHealth()}
-	defer func() {
-		if err != nil {
-			a.closeListeners()
-			a = nil
-		}
-	}()
+	a := &App{opts: o, log: o.Logger.With(slog.String("component", "app")), registry: prometheus.NewRegistry(), health: newHealth()}
 	for _, step := range []func() error{a.load, a.buildPool, a.buildRequestPath, a.buildServers, a.listen} {
 		if err := step(); err != nil {
+			a.closeListeners()
 			return nil, err
 		}
 	}

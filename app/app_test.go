@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -193,33 +194,34 @@ func TestRingKeepsTheLast(t *testing.T) {
 func TestDebugPages(t *testing.T) {
 	s := newStack(t, stackOptions{noEnvoy: true})
 	base := "http://" + s.app.MetricsAddr().String()
-	get := func(path string) *http.Response {
+	get := func(path string) (int, []byte) {
 		t.Helper()
 		resp, err := http.Get(base + path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = resp.Body.Close() })
-		return resp
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, text
 	}
 	var endpoints []endpointView
-	if err := json.NewDecoder(get("/debug/endpoints").Body).Decode(&endpoints); err != nil || len(endpoints) != 4 || endpoints[0].Role != "prefill" {
+	_, text := get("/debug/endpoints")
+	if err := json.Unmarshal(text, &endpoints); err != nil || len(endpoints) != 4 || endpoints[0].Role != "prefill" {
 		t.Errorf("endpoints: %v, %+v", err, endpoints)
 	}
-	if code := get("/debug/decisions?n=0").StatusCode; code != http.StatusBadRequest {
+	if code, _ := get("/debug/decisions?n=0"); code != http.StatusBadRequest {
 		t.Errorf("n=0: %d", code)
 	}
-	if code := get("/debug/pprof/").StatusCode; code != http.StatusNotFound {
+	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
 		t.Errorf("pprof is on without being asked for: %d", code)
 	}
 	off := newStack(t, stackOptions{noEnvoy: true, options: func(o *Options) { o.EnableDebug = false }})
-	resp, err := http.Get("http://" + off.app.MetricsAddr().String() + "/debug/decisions")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusNotFound {
-		t.Errorf("debug pages without --enable-debug: %d", resp.StatusCode)
+	base = "http://" + off.app.MetricsAddr().String()
+	if code, _ := get("/debug/decisions"); code != http.StatusNotFound {
+		t.Errorf("debug pages without --enable-debug: %d", code)
 	}
 }
 

@@ -211,8 +211,6 @@ plugins:
 		`test.yaml:5: plugins[0].parameters.matchLengthWeight: 2, must be between 0 and 1`,
 		`test.yaml:6: plugins[1].parameters.lruCapacityPerServer: -1, must be ≥ 0`,
 		`test.yaml:7: plugins[2].parameters.outputRatio: -1, must be ≥ 0`,
-		`test.yaml:8: plugins[3].parameters.scheme: "ftp", must be http or https`,
-		`test.yaml:9: plugins[4].parameters.path: is required`,
 		`test.yaml:10: plugins[5].parameters.validValues: is required unless allowsNoLabel is true`,
 		`test.yaml:11: plugins[6].parameters.matchExpressions[0].operator: "Is", must be In, NotIn, Exists or DoesNotExist`,
 		`test.yaml:12: plugins[7].parameters.strategy: "magic", must be encoded_endpoint_header or session_id`,
