@@ -135,6 +135,7 @@ func TestBadOptionsAreOneClearError(t *testing.T) {
 		{"taken port", func(o *Options) { o.GRPCPort = port(taken.Addr()) }, []string{"--grpc-port", "address already in use"}},
 		{"no file", func(o *Options) { o.ConfigFile = filepath.Join(dir, "none.yaml") }, []string{"--config-file", "no such file"}},
 		{"no source", func(o *Options) { o.ConfigFile = "" }, []string{"file-discovery", "Kubernetes source is not built yet"}},
+		{"two sources", func(o *Options) { o.EndpointsFile = good }, []string{"--endpoints-file and dataLayer.discovery"}},
 		{"bad certificate", func(o *Options) { o.CertPath = dir }, []string{"--cert-path", "tls.crt"}},
 		{"bad TLS version", func(o *Options) { o.TLSMinVersion = "1.0" }, []string{"--tls-min-version"}},
 		{"bad suite", func(o *Options) { o.TLSCipherSuites = []string{"TLS_RSA_WITH_RC4_128_SHA"} }, []string{"--tls-cipher-suites"}},

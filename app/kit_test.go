@@ -154,6 +154,9 @@ func (s *stack) writeConfig(extra string) {
 	if s.options.whole != "" {
 		text = s.options.whole + extra
 	}
+	if !strings.Contains(text, "scraping:") {
+		text += "scraping: {idleInterval: 200ms}\n" // reservations that become estimates end with the second scrape
+	}
 	replaceFile(s.t, s.config, text)
 }
 

@@ -14,6 +14,7 @@ import (
 // Options are what the command line sets. Names and defaults follow llm-d's flags where they mean the same.
 type Options struct {
 	ConfigFile, ConfigText string // at most one; neither means the default profile
+	EndpointsFile          string // endpoints to watch, in file-discovery's format; in place of dataLayer.discovery
 
 	BindAddress string // host part of every TCP listener; empty = all interfaces
 	GRPCPort    int    // ext_proc, 9002; 0 = a free port

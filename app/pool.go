@@ -22,7 +22,7 @@ import (
 )
 
 // errNoSource: nothing says which endpoints there are.
-var errNoSource = errors.New("no source of endpoints: set dataLayer.discovery.pluginRef to a file-discovery plugin in the configuration (the Kubernetes source is not built yet)")
+var errNoSource = errors.New("no source of endpoints: pass --endpoints-file, or name a file-discovery plugin in dataLayer.discovery.pluginRef of the configuration (the Kubernetes source is not built yet)")
 
 // buildPool makes the scheduler, the store of endpoints and the scraper.
 func (a *App) buildPool() error {
@@ -65,10 +65,16 @@ func newScheduler(c *config.Config, file string, reg prometheus.Registerer, trac
 	})
 }
 
-// source is the file-discovery plugin that dataLayer.discovery names. Its path is relative to the configuration file.
+// source is --endpoints-file, or the file-discovery plugin that dataLayer.discovery names: there a path is relative to
+// the configuration file.
 func (a *App) source() (datastore.Source, error) {
 	ref := a.config.DataLayer.Discovery.PluginRef
-	if ref == "" {
+	switch {
+	case a.opts.EndpointsFile != "" && ref != "":
+		return nil, errors.New("--endpoints-file and dataLayer.discovery: set one, not both")
+	case a.opts.EndpointsFile != "":
+		return datastore.NewFile(datastore.FileOptions{Path: a.opts.EndpointsFile, WatchFile: true, Logger: a.opts.Logger, Registerer: a.registry})
+	case ref == "":
 		return nil, errNoSource
 	}
 	o, err := fileDiscovery(a.config, ref)

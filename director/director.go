@@ -31,6 +31,7 @@ type Scheduler interface {
 type Orchestrator interface {
 	Mode() string
 	Rank() int
+	DecodeAfter() bool
 	Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error)
 	Forward(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome, decode *pool.Endpoint)
 	Transferred(ctx context.Context, out *sidecar.Outcome, served *pool.Endpoint, ok bool)

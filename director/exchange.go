@@ -92,41 +92,52 @@ func (x *Exchange) fail() error {
 }
 
 // settleDecode makes sure the decode endpoint is still the one that was picked, and finds another where it is gone: the
-// next ranked one, then one more run of the decode profile (DESIGN.md 3.4).
+// next ranked one, then one more run of the decode profile (DESIGN.md 3.4). With decodePick: after, a finished prefill
+// always leads to a new run, on the loads of now.
 func (x *Exchange) settleDecode(ctx context.Context) error {
 	snap := x.director.opts.Snapshot()
-	if x.outcome.Checkpoint < sidecar.PrefillComplete && snap == x.query.Snapshot {
+	after := x.outcome.HasHandle && x.director.opts.Orchestrator.DecodeAfter()
+	if !after && (snap == x.query.Snapshot || x.fits(snap, x.decode)) {
 		return nil
 	}
-	if alive(snap, x.decode) {
-		return nil
-	}
-	x.director.metrics.repicked.Inc()
-	for _, r := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
-		if r.Endpoint != x.decode && alive(snap, r.Endpoint) {
-			x.moveDecode(r.Endpoint, r.ReserveTokens)
-			return nil
+	if !after {
+		x.director.metrics.repicked.Inc()
+		for _, r := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
+			if x.fits(snap, r.Endpoint) {
+				x.moveDecode(r.Endpoint, r.ReserveTokens)
+				return nil
+			}
 		}
 	}
 	x.query.Snapshot, x.query.Now = snap, time.Now()
 	pick, err := x.sched.Repick(&x.query, scheduler.PhaseDecode, x.outcome.Prefiller)
-	if err != nil {
-		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "no_decode")
-		return err
+	for _, r := range pick.Ranked {
+		if x.fits(snap, r.Endpoint) {
+			x.moveDecode(r.Endpoint, r.ReserveTokens)
+			return nil
+		}
 	}
-	x.moveDecode(pick.Ranked[0].Endpoint, pick.Ranked[0].ReserveTokens)
-	return nil
+	x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "no_decode")
+	if err == nil {
+		err = fmt.Errorf("decode after prefill: %w", scheduler.ErrNoCandidate)
+	}
+	return err
+}
+
+// fits reports whether the very pod picked is still there and can decode what was prefilled: an endpoint cannot pull
+// KV blocks from itself.
+func (x *Exchange) fits(snap *pool.Snapshot, e *pool.Endpoint) bool {
+	if x.outcome.HasHandle && x.outcome.Prefiller != nil && e.UID == x.outcome.Prefiller.UID {
+		return false
+	}
+	now := snap.ByAddr(e.Addr)
+	return now != nil && now.UID == e.UID && now.Health.Standing(time.Now()) != pool.NotReady
 }
 
 func (x *Exchange) moveDecode(to *pool.Endpoint, tokens int64) {
 	x.decodeLoad.Release()
 	x.decode, x.decodeLoad = to, to.Load.Reserve(tokens)
-}
-
-// alive reports whether the very pod picked is still there and fit.
-func alive(snap *pool.Snapshot, e *pool.Endpoint) bool {
-	now := snap.ByAddr(e.Addr)
-	return now != nil && now.UID == e.UID && now.Health.Standing(time.Now()) != pool.NotReady
+	x.job.Decode = to
 }
 
 // answer is what the gateway is told. A request that carries a handle names one destination only.

@@ -126,6 +126,9 @@ func (o *Orchestrator) Mode() string { return o.settings.Load().Mode }
 // Rank is how many endpoints a phase should rank: attempts + 1.
 func (o *Orchestrator) Rank() int { return o.settings.Load().Prefill.Attempts + 1 }
 
+// DecodeAfter reports whether decode endpoints are to be picked when the prefill is done (disaggregation.decodePick).
+func (o *Orchestrator) DecodeAfter() bool { return o.settings.Load().DecodePick == "after" }
+
 // Budget is the time that all phases before decode may take together (disaggregation.budget).
 func (o *Orchestrator) Budget() time.Duration { return o.settings.Load().Budget }
 

@@ -51,6 +51,7 @@ func newServe() *cobra.Command {
 func (f *serveFlags) register(fs *pflag.FlagSet) {
 	o := &f.options
 	fs.StringVar(&o.ConfigFile, "config-file", "", "EndpointPickerConfig to read; the disaggregation section is read again when it changes")
+	fs.StringVar(&o.EndpointsFile, "endpoints-file", "", "file of endpoints to watch, in place of dataLayer.discovery; with it no configuration is needed")
 	fs.StringVar(&o.ConfigText, "config-text", "", "EndpointPickerConfig as text")
 	fs.StringVar(&o.BindAddress, "bind-address", "", "IP address to listen on (default all)")
 	fs.IntVar(&o.GRPCPort, "grpc-port", o.GRPCPort, "ext_proc port (0 = a free one, -1 = none)")
