@@ -49,6 +49,7 @@ type App struct {
 	decisions    *ring // nil without --enable-debug
 	health       *health
 	draining     atomic.Bool
+	heapFloor    []byte       // kept only to be kept
 	cert         *certificate // nil without TLS
 
 	grpcServer, healthServer *grpc.Server
@@ -92,6 +93,7 @@ func (a *App) load() error {
 	}
 	limit := memoryLimit()
 	setMemoryLimit(limit)
+	a.heapFloor = newHeapFloor(limit)
 	a.config.Limits.MaxHeldBytes = heldBytes(a.config.Limits.MaxHeldBytes, limit)
 	return nil
 }

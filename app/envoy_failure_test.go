@@ -273,7 +273,7 @@ func TestEnvoyClientLeavesDuringDecode(t *testing.T) {
 func TestEnvoyClientLeavesBeforePull(t *testing.T) {
 	t.Parallel()
 	o := single(1, 1)
-	o.Template.TransferFixed = time.Minute
+	o.Template.Handshake = time.Minute
 	s := newStack(t, stackOptions{pool: o})
 	ctx, leave := context.WithCancel(t.Context())
 	answer := s.send(ctx, "/v1/chat/completions", chatBody(100, ""))

@@ -11,11 +11,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/baton-epp/baton/pool"
@@ -108,16 +111,69 @@ func (s *stack) pulls() (all []simulate.Pull) {
 // writeEndpoints rewrites the file of endpoints; it returns when the first picker knows.
 func (s *stack) writeEndpoints(engines ...*simulate.Engine) {
 	s.t.Helper()
-	text := "endpoints: []\n"
-	if len(engines) > 0 {
-		text = "endpoints:\n"
-	}
+	var lines []string
 	for _, e := range engines {
-		text += fmt.Sprintf("- name: %s\n  namespace: default\n  address: %q\n  port: \"%d\"\n  labels:\n    %s: %s\n    %s: \"false\"\n",
-			e.Name(), e.Addr().Addr(), e.Addr().Port(), pool.LabelRole, e.Role(), pool.LabelSidecar)
+		lines = append(lines, endpointLines(e.Name(), e.Addr(), e.Role()))
+	}
+	s.writeEndpointLines(lines...)
+}
+
+func endpointLines(name string, at netip.AddrPort, role string) string {
+	return fmt.Sprintf("- name: %s\n  namespace: default\n  address: %q\n  port: \"%d\"\n  labels:\n    %s: %s\n    %s: \"false\"\n",
+		name, at.Addr(), at.Port(), pool.LabelRole, role, pool.LabelSidecar)
+}
+
+func (s *stack) writeEndpointLines(lines ...string) {
+	s.t.Helper()
+	text := "endpoints: []\n"
+	if len(lines) > 0 {
+		text = "endpoints:\n" + strings.Join(lines, "")
 	}
 	replaceFile(s.t, s.endpointsFile(), text)
-	eventually(s.t, "the rewritten endpoints file is read", func() bool { return len(s.app.Snapshot().Endpoints) == len(engines) })
+	for _, p := range s.pickers {
+		eventually(s.t, "the rewritten endpoints file is read", func() bool { return len(p.app.Snapshot().Endpoints) == len(lines) })
+	}
+}
+
+// tap is a model server that keeps whatever reaches it, on any path.
+type tap struct {
+	addr netip.AddrPort
+
+	mu   sync.Mutex
+	seen []simulate.Recorded // guarded by mu
+}
+
+func newTap(t *testing.T) *tap {
+	t.Helper()
+	p := &tap{}
+	server := httptest.NewServer(p)
+	t.Cleanup(server.Close)
+	p.addr = netip.MustParseAddrPort(server.Listener.Addr().String())
+	return p
+}
+
+func (p *tap) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body) // what came is what counts
+	if !strings.HasPrefix(r.URL.Path, "/metrics") {
+		p.mu.Lock()
+		p.seen = append(p.seen, simulate.Recorded{Method: r.Method, URI: r.RequestURI, Header: r.Header.Clone(), Body: body})
+		p.mu.Unlock()
+	}
+	answer := "{}"
+	if strings.HasPrefix(r.URL.Path, "/metrics") {
+		answer = "vllm:num_requests_running{engine=\"0\",model_name=\"tiny\"} 0\nvllm:num_requests_waiting{engine=\"0\",model_name=\"tiny\"} 0\n"
+		w.Header().Set("Content-Type", "text/plain")
+	}
+	_, _ = io.WriteString(w, answer) // the client may be gone
+}
+
+// take returns what came since the last call.
+func (p *tap) take() []simulate.Recorded {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := p.seen
+	p.seen = nil
+	return out
 }
 
 // occupy makes an engine with MaxNumSeqs 1 queue everything, until the returned function is called.

@@ -41,6 +41,19 @@ func heldBytes(configured, limit int64) int64 {
 	return autoHeldBytes
 }
 
+// heapFloor is how far the heap may grow before the first collection counts, in bytes.
+const heapFloor = 64 << 20
+
+// newHeapFloor reserves memory that is never touched, so it costs address space and nothing else. The picker lives on a
+// few megabytes and allocates with every request: sized by that little, collections would run several times a second
+// and cost a tenth of the CPU. Unlike a higher GOGC it does not multiply what large held bodies need.
+func newHeapFloor(limit int64) []byte {
+	if limit > 0 {
+		return make([]byte, min(heapFloor, limit/8))
+	}
+	return make([]byte, heapFloor)
+}
+
 // setMemoryLimit tells the collector the control group's limit, unless GOMEMLIMIT says otherwise.
 func setMemoryLimit(limit int64) {
 	if limit > 0 && os.Getenv("GOMEMLIMIT") == "" {

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"os"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -132,7 +133,9 @@ func (a *App) Run(ctx context.Context) error {
 	}
 	a.drain(gctx)
 	stopServing()
-	return joined(g.Wait())
+	err := joined(g.Wait())
+	runtime.KeepAlive(a.heapFloor)
+	return err
 }
 
 func (a *App) stopTracing(ctx context.Context, stop func(context.Context) error) {

@@ -111,8 +111,7 @@ type Answer struct {
 func (d *Director) Begin(in *Incoming) (*Exchange, error) {
 	req, edits, err := d.inspect(in)
 	if err != nil {
-		d.metrics.refused(req, err)
-		return nil, err
+		return nil, d.refuse(req, in.Start, err)
 	}
 	x := &Exchange{director: d, req: req, edits: edits, start: in.Start, sched: d.opts.Scheduler(), bodyBytes: in.Body.Len}
 	x.query = scheduler.Query{
@@ -122,8 +121,7 @@ func (d *Director) Begin(in *Incoming) (*Exchange, error) {
 	x.query.OnlyDecode, x.query.OnlyReason = d.onlyDecode(req)
 	x.decision, err = x.sched.Schedule(&x.query)
 	if err != nil {
-		d.metrics.refused(req, err)
-		return nil, err
+		return nil, d.refuse(req, in.Start, err)
 	}
 	x.scheduled = time.Since(in.Start)
 	decode := x.decision.Phase(scheduler.PhaseDecode)
@@ -131,6 +129,15 @@ func (d *Director) Begin(in *Incoming) (*Exchange, error) {
 	x.prefillLoad = x.decision.Phase(scheduler.PhasePrefill).Reservation
 	d.metrics.began(req)
 	return x, nil
+}
+
+// refuse counts and records a request that ends before anybody was picked.
+func (d *Director) refuse(req *inference.Request, start time.Time, err error) error {
+	d.metrics.refused(req, err)
+	if d.opts.Record != nil {
+		d.opts.Record(newRefusal(req, start, err))
+	}
+	return err
 }
 
 // onlyDecode tells why nothing but decode may run, if so.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -225,7 +226,26 @@ func (x *Exchange) Done(end End) {
 	if x.director.opts.Record != nil {
 		x.director.opts.Record(newRecord(x, now))
 	}
+	if log := x.director.log; log.Enabled(context.Background(), slog.LevelDebug) {
+		log.LogAttrs(context.Background(), slog.LevelDebug, "request ended", x.attrs(now)...)
+	}
 	x.decision.Release()
+}
+
+// attrs are the request in one log line.
+func (x *Exchange) attrs(now time.Time) []slog.Attr {
+	attrs := []slog.Attr{
+		slog.String("request_id", x.req.ID), slog.String("model", x.req.Model), slog.String("endpoint", x.decode.ID()),
+		slog.Int("status", x.status), slog.Float64("seconds", now.Sub(x.start).Seconds()),
+		slog.String("reason", x.decision.Phase(scheduler.PhasePrefill).Reason),
+	}
+	if x.outcome != nil {
+		attrs = append(attrs, slog.String("outcome", x.outcome.Name), slog.String("checkpoint", x.outcome.Checkpoint.String()), slog.Int("attempt", len(x.outcome.Attempts)))
+	}
+	if x.err != nil {
+		attrs = append(attrs, slog.Any("err", x.err))
+	}
+	return attrs
 }
 
 // ClientGone reports whether the exchange ended because the client left before the answer.

@@ -5,6 +5,7 @@ package director
 import (
 	"time"
 
+	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/scheduler"
 )
 
@@ -65,6 +66,15 @@ type SecondsRecord struct {
 	Decision  float64 `json:"decision"`   // until the answer
 	FirstByte float64 `json:"first_byte"` // until response headers; 0 where they were not seen
 	Total     float64 `json:"total"`
+}
+
+// newRefusal explains a request for which nothing was picked: the error names what each filter removed.
+func newRefusal(req *inference.Request, start time.Time, err error) *Record {
+	return &Record{
+		Time: start, RequestID: req.ID, Model: req.Model, API: req.API.String(), PromptTokens: req.PromptTokens(), Error: err.Error(),
+		Picks: map[string]string{}, Reasons: map[string]string{}, Attempts: []AttemptRecord{}, Profiles: []ProfileRecord{},
+		Seconds: SecondsRecord{Total: time.Since(start).Seconds()},
+	}
 }
 
 func newRecord(x *Exchange, now time.Time) *Record {
