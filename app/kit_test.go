@@ -125,7 +125,10 @@ func newStack(t *testing.T, o stackOptions) *stack {
 		s.startEnvoy(o)
 	}
 	transport := &http.Transport{MaxIdleConnsPerHost: 2000, DisableCompression: true}
-	s.client = &http.Client{Transport: transport, Timeout: 2 * time.Minute}
+	s.client = &http.Client{
+		Transport: transport, Timeout: 2 * time.Minute,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
 	t.Cleanup(transport.CloseIdleConnections)
 	return s
 }

@@ -42,7 +42,7 @@ func heldBytes(configured, limit int64) int64 {
 }
 
 // heapFloor is how far the heap may grow before the first collection counts, in bytes.
-const heapFloor = 64 << 20
+const heapFloor = 32 << 20
 
 // newHeapFloor reserves memory that is never touched, so it costs address space and nothing else. The picker lives on a
 // few megabytes and allocates with every request: sized by that little, collections would run several times a second

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/http"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -147,6 +148,8 @@ func (d *Director) onlyDecode(req *inference.Request) (bool, string) {
 		return true, "mode-off"
 	case req.Bars != 0:
 		return true, "request-" + req.Bars.String()
+	case req.Method != http.MethodPost: // no engine generates for it, so nobody would claim a prefill
+		return true, "request-method"
 	default:
 		return false, ""
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"strings"
 	"time"
 
@@ -175,7 +176,11 @@ func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status in
 	x.firstByte, x.status, x.served = now, status, served
 	x.decodeLoad.ReleaseTokens()
 	e := x.servedEndpoint()
-	x.director.opts.Orchestrator.Transferred(ctx, x.outcome, e, status < 500)
+	if unread(status) {
+		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "refused")
+	} else {
+		x.director.opts.Orchestrator.Transferred(ctx, x.outcome, e, status < 500)
+	}
 	switch {
 	case e == nil:
 	case status >= 500:
@@ -184,6 +189,17 @@ func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status in
 		}
 	default:
 		e.Health.Succeed()
+	}
+}
+
+// unread reports whether a status comes from before the body is looked at, so that nobody claims a KV handle in it:
+// redirects, no such route or method, no permission.
+func unread(status int) bool {
+	switch status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed:
+		return true
+	default:
+		return status >= 300 && status < 400
 	}
 }
 
