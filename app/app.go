@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,15 +47,20 @@ type App struct {
 	registry     *prometheus.Registry
 	decisions    *ring // nil without --enable-debug
 	health       *health
-	draining     atomic.Bool
 	heapFloor    []byte       // kept only to be kept
 	cert         *certificate // nil without TLS
 
-	grpcServer, healthServer *grpc.Server
-	metricsServer            *http.Server
-	listeners                []net.Listener // TCP ext_proc first where there is one, then the socket
-	healthListener           net.Listener
-	metricsListener          net.Listener
+	endpoints       []endpoint // ext_proc: TCP first where there is one, then the socket
+	healthServer    *grpc.Server
+	metricsServer   *http.Server
+	healthListener  net.Listener
+	metricsListener net.Listener
+}
+
+// endpoint is one place where ext_proc is answered.
+type endpoint struct {
+	listener net.Listener
+	server   *grpc.Server
 }
 
 // New reads the configuration, builds every part and opens the listeners; nothing is served yet. The error joins every
@@ -137,36 +141,46 @@ func (a *App) buildRequestPath() error {
 // overrideTimeout is what a BUFFERED gateway is asked to wait: the budget of the held phase and a second for the answer.
 func (a *App) overrideTimeout() time.Duration { return a.orchestrator.Budget() + time.Second }
 
-// buildServers makes the gRPC servers; TLS is on unless switched off.
+// buildServers prepares TLS, which is on unless switched off, and the health server.
 func (a *App) buildServers() error {
+	if n := int64(a.opts.MaxRecvMsgSize); n > 0 && n < a.config.Limits.MaxBodyBytes {
+		return fmt.Errorf("--grpc-max-recv-msg-size: %d bytes, must be at least limits.maxBodyBytes (%d): a body above it could not be refused in order", n, a.config.Limits.MaxBodyBytes)
+	}
+	a.healthServer = grpc.NewServer()
+	healthv1.RegisterHealthServer(a.healthServer, a.health)
+	if !a.opts.SecureServing {
+		return nil
+	}
+	var err error
+	a.cert, err = newCertificate(a.opts.CertPath)
+	return err
+}
+
+// newServer makes a gRPC server for one listener; a Unix socket has no TLS.
+func (a *App) newServer(plain bool) (*grpc.Server, error) {
 	options := a.server.ServerOptions(a.opts.MaxRecvMsgSize, a.opts.MaxSendMsgSize)
-	if a.opts.SecureServing {
+	if a.cert != nil && !plain {
 		minVersion, err := tlsMinVersion(a.opts.TLSMinVersion)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		suites, err := tlsSuites(a.opts.TLSCipherSuites)
 		if err != nil {
-			return err
-		}
-		if a.cert, err = newCertificate(a.opts.CertPath); err != nil {
-			return err
+			return nil, err
 		}
 		options = append(options, grpc.Creds(credentials.NewTLS(a.cert.config(minVersion, suites))))
 	}
-	a.grpcServer = grpc.NewServer(options...)
-	a.server.Register(a.grpcServer)
-	healthv1.RegisterHealthServer(a.grpcServer, a.health)
-	a.healthServer = grpc.NewServer()
-	healthv1.RegisterHealthServer(a.healthServer, a.health)
-	return nil
+	g := grpc.NewServer(options...)
+	a.server.Register(g)
+	healthv1.RegisterHealthServer(g, a.health)
+	return g, nil
 }
 
 // Snapshot is the pool now.
 func (a *App) Snapshot() *pool.Snapshot { return a.store.Snapshot() }
 
 // Addr is where ext_proc is answered: the TCP address, or the socket's.
-func (a *App) Addr() net.Addr { return a.listeners[0].Addr() }
+func (a *App) Addr() net.Addr { return a.endpoints[0].listener.Addr() }
 
 // HealthAddr is where the health port listens, nil when there is none.
 func (a *App) HealthAddr() net.Addr {

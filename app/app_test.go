@@ -77,6 +77,25 @@ func TestHealthFollowsPoolAndDrain(t *testing.T) {
 	}
 }
 
+func TestWatchDoesNotHoldUpTheDrain(t *testing.T) {
+	s := newStack(t, stackOptions{noEnvoy: true, options: func(o *Options) { o.DrainTimeout = 15 * time.Second }})
+	watch, err := dial(t, s.app.Addr().String(), insecure.NewCredentials()).Watch(t.Context(), &healthv1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := watch.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	s.stop()
+	for err == nil {
+		_, err = watch.Recv()
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("an idle picker took %v to drain", took)
+	}
+}
+
 func TestNotReadyBeforeThePoolIsKnown(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "epp.yaml")

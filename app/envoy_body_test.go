@@ -47,6 +47,7 @@ func answerOf(t *testing.T, body string) (content, finish string) {
 		}
 		return whole.Choices[0].Message.Content, whole.Choices[0].FinishReason
 	}
+	var text strings.Builder
 	for line := range strings.SplitSeq(body, "\n") {
 		data, ok := strings.CutPrefix(line, "data: ")
 		if !ok || data == "[DONE]" {
@@ -57,11 +58,13 @@ func answerOf(t *testing.T, body string) (content, finish string) {
 			t.Fatalf("%v: %.300s", err, data)
 		}
 		for _, c := range e.Choices {
-			content += c.Delta.Content
-			finish += c.FinishReason
+			text.WriteString(c.Delta.Content)
+			if c.FinishReason != "" {
+				finish = c.FinishReason
+			}
 		}
 	}
-	return content, finish
+	return text.String(), finish
 }
 
 // direct asks an engine without Envoy and the picker, for comparison.

@@ -3,7 +3,6 @@
 package app
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -161,7 +160,7 @@ func TestEnvoyDecodeVanishesDuringPrefill(t *testing.T) {
 			s := newStack(t, stackOptions{envoy: name, pool: single(1, 2)})
 			prefill := s.engines("prefill")[0]
 			release := s.occupy(prefill)
-			answer := s.send(t.Context(), "/v1/chat/completions", chatBody(100, ""), "x-request-id", "r")
+			answer := s.chat(t.Context(), chatBody(100, ""), "x-request-id", "r")
 			eventually(t, "the prefill waits", func() bool { return prefill.Stats().Waiting == 1 })
 			stay := []*simulate.Engine{prefill}
 			for _, e := range s.engines("decode") {
@@ -202,7 +201,7 @@ func TestEnvoyNoDecodeLeft(t *testing.T) {
 	s := newStack(t, stackOptions{pool: o})
 	prefill := s.engines("prefill")[0]
 	release := s.occupy(prefill)
-	answer := s.send(t.Context(), "/v1/chat/completions", chatBody(100, ""))
+	answer := s.chat(t.Context(), chatBody(100, ""))
 	eventually(t, "the prefill waits", func() bool { return prefill.Stats().Waiting == 1 })
 	s.writeEndpoints(prefill)
 	release()
@@ -222,7 +221,7 @@ func TestEnvoyClientLeavesDuringPrefill(t *testing.T) {
 			o.Template.PrefillFixed = time.Minute
 			s := newStack(t, stackOptions{envoy: name, pool: o})
 			ctx, leave := context.WithCancel(t.Context())
-			answer := s.send(ctx, "/v1/chat/completions", chatBody(100, ""))
+			answer := s.chat(ctx, chatBody(100, ""))
 			prefill := s.engines("prefill")[0]
 			eventually(t, "the prefill runs", func() bool { h := prefill.Held(); return len(h) == 1 && h[0].State == "prefill" })
 			if s.load("prefill") == 0 || s.load("decode") == 0 {
@@ -248,13 +247,12 @@ func TestEnvoyClientLeavesDuringDecode(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newStack(t, stackOptions{envoy: name})
 			ctx, leave := context.WithCancel(t.Context())
-			resp := s.open(ctx, "/v1/chat/completions", strings.Replace(chatBody(100, `,"stream":true`), `"max_tokens":4`, `"max_tokens":30000`, 1))
-			if resp.StatusCode != http.StatusOK || resp.Header.Get("x-baton-outcome") != "disaggregated" {
-				t.Fatalf("%d, %v", resp.StatusCode, resp.Header)
+			body := s.open(ctx, 30000)
+			if body.status != http.StatusOK || body.header.Get("x-baton-outcome") != "disaggregated" {
+				t.Fatalf("%d, %v", body.status, body.header)
 			}
-			body := bufio.NewReader(resp.Body)
 			for range 3 {
-				event(t, body)
+				event(t, body.Reader)
 			}
 			if s.load("prefill") != 0 || s.load("decode") != 1 {
 				t.Errorf("reserved during decode: prefill %d, decode %d, want 0 and 1", s.load("prefill"), s.load("decode"))
@@ -276,7 +274,7 @@ func TestEnvoyClientLeavesBeforePull(t *testing.T) {
 	o.Template.Handshake = time.Minute
 	s := newStack(t, stackOptions{pool: o})
 	ctx, leave := context.WithCancel(t.Context())
-	answer := s.send(ctx, "/v1/chat/completions", chatBody(100, ""))
+	answer := s.chat(ctx, chatBody(100, ""))
 	decode := s.engines("decode")[0]
 	eventually(t, "the pull runs", func() bool { return decode.Stats().Requests == 1 && len(decode.Held()) == 1 })
 	leave()

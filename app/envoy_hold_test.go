@@ -44,15 +44,15 @@ func TestEnvoyPrefillOutlastsMessageTimeout(t *testing.T) {
 		{name: "buffered as shipped, real time", envoy: envoy.BufferedOverrideHost, prefill: 10 * time.Second},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			real := test.prefill >= 10*time.Second
-			if real && testing.Short() {
+			inReal := test.prefill >= 10*time.Second
+			if inReal && testing.Short() {
 				t.Skip("ten seconds of real time, and -short is set")
 			}
 			t.Parallel()
 			s := newStack(t, stackOptions{envoy: test.envoy, values: test.values, rewrite: test.rewrite})
 			s.setFaults("prefill", simulate.Fault{Kind: "delay", Phase: "prefill", DelayMS: int(test.prefill.Milliseconds())})
 			for _, stream := range []string{"", `,"stream":true`} {
-				if stream != "" && real {
+				if stream != "" && inReal {
 					break
 				}
 				id := "r" + strconv.Itoa(len(stream))

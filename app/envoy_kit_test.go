@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/simulate"
@@ -59,6 +60,15 @@ func withoutMutation(text string) string {
 // one behind the other, when a full-duplex body ends with trailers.
 func withoutRetries(text string) string {
 	return regexp.MustCompile(`(?m)^ *retry_policy: \{ retry_on: "connect-failure,refused-stream".*\n`).ReplaceAllString(text, "") + "# no retries\n"
+}
+
+// withALPN names h2 in Envoy's TLS context for the picker: without it grpc-go refuses the handshake.
+func withALPN(text string) string {
+	const tls = "extensions.transport_sockets.tls.v3.UpstreamTlsContext\n"
+	if !strings.Contains(text, "alpn_protocols") {
+		text = strings.Replace(text, tls, tls+"        common_tls_context: { alpn_protocols: [h2] }\n", 1)
+	}
+	return text + "# h2 by ALPN\n"
 }
 
 // replacing is a rewrite of one text by another, pair after pair.
@@ -193,7 +203,7 @@ func (s *stack) occupy(e *simulate.Engine) (release func()) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	resp, err := s.client.Do(req)
+	resp, err := s.client.Do(req) //nolint:bodyclose // closed by the goroutine below
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -224,52 +234,55 @@ func single(prefill, decode int) simulate.PoolOptions {
 	return o
 }
 
-// event reads one server-sent event.
-func event(t *testing.T, r *bufio.Reader) string {
+// event reads one server-sent event and forgets it.
+func event(t *testing.T, r *bufio.Reader) {
 	t.Helper()
-	var b strings.Builder
 	for {
 		line, err := r.ReadString('\n')
 		if err != nil {
-			t.Fatalf("stream ended after %q: %v", b.String(), err)
+			t.Fatalf("stream ended: %v", err)
 		}
 		if line == "\n" || line == "\r\n" {
-			return b.String()
+			return
 		}
-		b.WriteString(line)
 	}
 }
 
-// open sends a request through Envoy and returns with the headers of its answer.
-func (s *stack) open(ctx context.Context, path, body string, headers ...string) *http.Response {
+// stream is an answer that is being read.
+type stream struct {
+	*bufio.Reader
+	status int
+	header http.Header
+}
+
+// open sends a streaming chat request of so many tokens through Envoy and returns with the headers of its answer.
+func (s *stack) open(ctx context.Context, tokens int) stream {
 	s.t.Helper()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.envoy.URL+path, strings.NewReader(body))
+	body := strings.Replace(chatBody(100, `,"stream":true`), `"max_tokens":4`, `"max_tokens":`+strconv.Itoa(tokens), 1)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.envoy.URL+"/v1/chat/completions", strings.NewReader(body))
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	req.Header.Set("Content-Type", "application/json")
-	for i := 0; i < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
-	}
 	resp, err := s.client.Do(req)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() { _ = resp.Body.Close() })
-	return resp
+	return stream{bufio.NewReader(resp.Body), resp.StatusCode, resp.Header}
 }
 
-// result of a request sent by send.
+// result of a request sent by chat.
 type result struct {
 	reply
 	err error
 }
 
-// send posts in the background.
-func (s *stack) send(ctx context.Context, path, body string, headers ...string) <-chan result {
+// chat posts a chat request in the background.
+func (s *stack) chat(ctx context.Context, body string, headers ...string) <-chan result {
 	out := make(chan result, 1)
 	go func() {
-		r, err := s.try(ctx, http.MethodPost, path, strings.NewReader(body), headers...)
+		r, err := s.try(ctx, http.MethodPost, "/v1/chat/completions", strings.NewReader(body), headers...)
 		out <- result{r, err}
 	}()
 	return out
@@ -310,4 +323,10 @@ func unchanged(t *testing.T, what string, got, sent []byte) {
 	if inserted := got[n : len(got)-len(rest)]; !bytes.Contains(inserted, []byte(`kv_transfer_params`)) {
 		t.Errorf("%s: inserted is %.200s", what, inserted)
 	}
+}
+
+// delayPrefills makes every prefill from now on wait.
+func (s *stack) delayPrefills(d time.Duration) {
+	s.t.Helper()
+	s.setFaults("prefill", simulate.Fault{Kind: "delay", Phase: "prefill", DelayMS: int(d.Milliseconds())})
 }

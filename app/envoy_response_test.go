@@ -3,7 +3,6 @@
 package app
 
 import (
-	"bufio"
 	"context"
 	"io"
 	"net/http"
@@ -72,9 +71,8 @@ func (m *responseMode) reservation(t *testing.T, s *stack) {
 	before := s.sum("baton_extproc_stream_ends_total", m.end)
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
-	resp := s.open(ctx, "/v1/chat/completions", strings.Replace(chatBody(100, `,"stream":true`), `"max_tokens":4`, `"max_tokens":60000`, 1))
-	body := bufio.NewReader(resp.Body)
-	event(t, body)
+	body := s.open(ctx, 60000)
+	event(t, body.Reader)
 	if n := s.load("prefill"); n != 0 {
 		t.Errorf("load of prefill during decode: %d", n)
 	}
@@ -185,7 +183,7 @@ func TestEnvoyDecodeRefuses(t *testing.T) {
 	s := newStack(t, stackOptions{pool: single(1, 2), rewrite: replacing(routeLine, retryAnyhow)})
 	prefill := s.engines("prefill")[0]
 	release := s.occupy(prefill)
-	answer := s.send(t.Context(), "/v1/chat/completions", chatBody(100, ""))
+	answer := s.chat(t.Context(), chatBody(100, ""))
 	eventually(t, "the prefill waits", func() bool { return prefill.Stats().Waiting == 1 })
 	var other *simulate.Engine
 	for _, e := range s.engines("decode") {

@@ -91,7 +91,8 @@ func smuggles() []smuggled {
 	return list
 }
 
-func wide(text string, big, mark bool) []byte {
+// wide is text in UTF-16.
+func wide(text string, big, mark bool) []byte { //nolint:unparam // a helper that says what it is given
 	var out []byte
 	if mark {
 		text = "\ufeff" + text

@@ -25,6 +25,7 @@ type health struct {
 	healthv1.UnimplementedHealthServer
 	mu      sync.Mutex
 	ready   bool          // guarded by mu
+	drained bool          // guarded by mu; nothing makes a draining picker ready again
 	changed chan struct{} // guarded by mu; closed and replaced at each change
 }
 
@@ -34,12 +35,29 @@ func newHealth() *health { return &health{changed: make(chan struct{})} }
 func (h *health) set(ready bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.ready == ready {
+	if h.ready == ready || h.drained {
 		return
 	}
 	h.ready = ready
 	close(h.changed)
 	h.changed = make(chan struct{})
+}
+
+// drain turns every name but liveness to NOT_SERVING for good, and ends the watches: they would hold up the drain.
+func (h *health) drain() {
+	h.set(false)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.drained = true
+	close(h.changed)
+	h.changed = make(chan struct{})
+}
+
+// draining reports whether the drain has begun.
+func (h *health) draining() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.drained
 }
 
 // status of a name, and a channel that is closed at the next change.
@@ -88,6 +106,9 @@ func (h *health) Watch(req *healthv1.HealthCheckRequest, stream healthv1.Health_
 				return err
 			}
 			last = s
+		}
+		if h.draining() {
+			return nil
 		}
 		select {
 		case <-changed:

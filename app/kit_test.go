@@ -188,7 +188,7 @@ func (s *stack) startPicker(change func(*Options)) *picker {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(context.Background()) //nolint:usetesting // outlives the test's context: the drain is under test
+	ctx, stop := context.WithCancel(context.Background()) // outlives the test's context: the drain is under test
 	p := &picker{app: a, stop: stop, ended: make(chan struct{})}
 	go func() {
 		defer close(p.ended)

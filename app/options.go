@@ -22,30 +22,29 @@ type Options struct {
 	HealthPort  int    // gRPC health, 9003; 0 = a free port, -1 = none
 	MetricsPort int    // Prometheus and /debug, 9090; 0 = a free port, -1 = none
 
-	SecureServing    bool   // TLS on the ext_proc port; a self-signed certificate unless CertPath is set
-	CertPath         string // folder with tls.crt and tls.key
-	CertReload       bool   // read CertPath again when its content changes
-	TLSMinVersion    string // VersionTLS12 or VersionTLS13; empty = 1.2
-	TLSCipherSuites  []string
-	MetricsCertDir   string // TLS on the metrics port, with tls.crt and tls.key of this folder
-	MetricsAuth      *bool  // nil = on with a Kubernetes source only
-	EnableDebug      bool   // /debug/decisions and /debug/endpoints on the metrics port
-	EnablePprof      bool
-	MetricsNames     string // llm-d (default) or gie
-	HealthOnGRPCPort bool   // kept for llm-d's --health-checking; health is on the ext_proc port in any case
+	SecureServing   bool   // TLS on the ext_proc port; a self-signed certificate unless CertPath is set
+	CertPath        string // folder with tls.crt and tls.key
+	CertReload      bool   // read CertPath again when its content changes
+	TLSMinVersion   string // VersionTLS12 or VersionTLS13; empty = 1.2
+	TLSCipherSuites []string
+	MetricsCertDir  string // TLS on the metrics port, with tls.crt and tls.key of this folder
+	MetricsAuth     *bool  // nil = on with a Kubernetes source only
+	EnableDebug     bool   // /debug/decisions and /debug/endpoints on the metrics port
+	EnablePprof     bool
+	MetricsNames    string // llm-d (default) or gie
 
-	RefreshMetricsInterval   time.Duration // lower bound of the adaptive scrape interval, 50 ms
-	MetricsStaleness         time.Duration // --metrics-staleness-threshold, 2 s
-	DrainTimeout             time.Duration // after SIGTERM, 30 s
-	DrainDelay               time.Duration // NOT_SERVING before GOAWAY, 5 s (DESIGN.md 5.3)
-	MaxRecvMsgSize           int           // bytes, 0 = fits limits.maxBodyBytes
-	MaxSendMsgSize           int           // bytes, 0 = fits limits.maxBodyBytes
-	DisableSubsetFilter      bool
-	PoolName, PoolNamespace  string // labels of the pool metrics; the Kubernetes source will use them too
-	AllowExperimentalPlugins bool   // accepted: Baton has no such gate
-	Tracing                  bool   // spans by OTLP; off unless OTEL_ variables are set
-	Version                  string
-	Logger                   *slog.Logger
+	RefreshMetricsInterval time.Duration // lower bound of the adaptive scrape interval, 50 ms
+	MetricsStaleness       time.Duration // --metrics-staleness-threshold, 2 s
+	DrainTimeout           time.Duration // after SIGTERM, 30 s
+	DrainDelay             time.Duration // NOT_SERVING before GOAWAY, 5 s (DESIGN.md 5.3)
+	MaxRecvMsgSize         int           // bytes, 0 = fits limits.maxBodyBytes
+	MaxSendMsgSize         int           // bytes, 0 = fits limits.maxBodyBytes
+	DisableSubsetFilter    bool
+	PoolName               string // label name of the pool gauges
+
+	Tracing bool // spans by OTLP; off unless OTEL_ variables are set
+	Version string
+	Logger  *slog.Logger
 }
 
 // DefaultOptions are the defaults of the flags.
@@ -54,7 +53,7 @@ func DefaultOptions() Options {
 		GRPCPort: 9002, HealthPort: 9003, MetricsPort: 9090, SecureServing: true, MetricsNames: "llm-d",
 		RefreshMetricsInterval: 50 * time.Millisecond, MetricsStaleness: 2 * time.Second,
 		DrainTimeout: 30 * time.Second, DrainDelay: 5 * time.Second,
-		PoolNamespace: "default", Version: "dev", Logger: slog.New(slog.DiscardHandler),
+		Version: "dev", Logger: slog.New(slog.DiscardHandler),
 	}
 }
 

@@ -54,7 +54,7 @@ func (a *App) buildPool() error {
 // poolChanged passes a new snapshot on: the scraper follows it, and a pool that is known at all makes the picker ready.
 func (a *App) poolChanged(snap *pool.Snapshot) {
 	a.scraper.Sync(snap)
-	a.health.set(snap.Synced && !a.draining.Load())
+	a.health.set(snap.Synced)
 }
 
 // newScheduler builds a scheduler of all plugin registries.
@@ -128,31 +128,43 @@ func scraping(c *config.Config) (source metricsscraper.Source, engines *metricss
 	return source, engines, errors.Join(errs...)
 }
 
-// Check reads a configuration as New would, without opening anything, and returns its resolved form.
-func Check(file string) ([]byte, error) {
+// Check reads a configuration as New would, without opening a port, and returns its resolved form and what an operator
+// should know about it.
+func Check(file string) (resolved []byte, warnings []string, err error) {
 	o := Options{ConfigFile: file}
 	name, text, err := o.readConfig()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	c, err := config.Load(name, text)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	if err := checkParts(c, name); err != nil {
-		return nil, err
+	warnings, err = checkParts(c, name)
+	if err != nil {
+		return nil, nil, err
 	}
-	return c.Resolved()
+	resolved, err = c.Resolved()
+	return resolved, append(c.Warnings, warnings...), err
 }
 
 // checkParts builds what a configuration describes and throws it away, so that every problem shows.
-func checkParts(c *config.Config, file string) error {
-	_, err := newScheduler(c, file, prometheus.NewRegistry(), false, "")
-	_, _, scrapeErr := scraping(c)
-	var sourceErr error
-	if ref := c.DataLayer.Discovery.PluginRef; ref != "" {
-		_, sourceErr = fileDiscovery(c, ref)
+func checkParts(c *config.Config, file string) (warnings []string, err error) {
+	reg, log := prometheus.NewRegistry(), slog.New(slog.DiscardHandler)
+	sched, err := newScheduler(c, file, reg, false, "")
+	if err == nil {
+		warnings = sched.Warnings()
 	}
-	_, sidecarErr := sidecar.New(sidecar.Options{Config: c.Disaggregation, Snapshot: func() *pool.Snapshot { return pool.NewSnapshot(0, false, nil) }})
-	return errors.Join(err, scrapeErr, sourceErr, sidecarErr)
+	errs := []error{err}
+	source, engines, err := scraping(c)
+	if err == nil {
+		_, err = metricsscraper.New(metricsscraper.Options{Scraping: c.Scraping, Source: source, Engines: engines, Logger: log, Registerer: reg})
+	}
+	errs = append(errs, err)
+	if ref := c.DataLayer.Discovery.PluginRef; ref != "" {
+		_, err := fileDiscovery(c, ref)
+		errs = append(errs, err)
+	}
+	_, err = sidecar.New(sidecar.Options{Config: c.Disaggregation, Snapshot: func() *pool.Snapshot { return pool.NewSnapshot(0, false, nil) }})
+	return warnings, errors.Join(append(errs, err)...)
 }

@@ -59,12 +59,12 @@ func (a *App) reload(text []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := checkParts(next, a.opts.ConfigFile); err != nil {
+	if _, err := checkParts(next, a.opts.ConfigFile); err != nil {
 		return err
 	}
 	if err := a.orchestrator.Reload(next.Disaggregation); err != nil {
 		return err
 	}
-	a.log.Info("configuration reloaded: disaggregation is in force, other sections need a restart", slog.String("mode", next.Disaggregation.Mode))
+	a.log.Info("configuration reloaded: disaggregation is in force but for pairLabels; other sections need a restart", slog.String("mode", next.Disaggregation.Mode))
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,17 +25,15 @@ import (
 func (a *App) listen() error {
 	if a.opts.GRPCPort >= 0 {
 		l, err := a.tcp("--grpc-port", a.opts.GRPCPort)
-		if err != nil {
+		if err := a.answerOn(l, false, err); err != nil {
 			return err
 		}
-		a.listeners = append(a.listeners, l)
 	}
 	if a.opts.GRPCSocket != "" {
 		l, err := unixSocket(a.opts.GRPCSocket)
-		if err != nil {
+		if err := a.answerOn(l, true, err); err != nil {
 			return err
 		}
-		a.listeners = append(a.listeners, l)
 	}
 	var err error
 	if a.opts.HealthPort >= 0 {
@@ -49,6 +48,16 @@ func (a *App) listen() error {
 		a.metricsServer = &http.Server{Handler: a.metricsHandler(), ReadHeaderTimeout: 5 * time.Second}
 	}
 	return nil
+}
+
+// answerOn makes the gRPC server of an ext_proc listener, unless err says that there is none.
+func (a *App) answerOn(l net.Listener, plain bool, err error) error {
+	if err != nil {
+		return err
+	}
+	g, err := a.newServer(plain)
+	a.endpoints = append(a.endpoints, endpoint{l, g})
+	return err
 }
 
 func (a *App) tcp(flag string, port int) (net.Listener, error) {
@@ -78,9 +87,12 @@ func unixSocket(path string) (net.Listener, error) {
 }
 
 func (a *App) closeListeners() {
-	for _, l := range append(a.listeners, a.healthListener, a.metricsListener) {
+	for _, e := range a.endpoints {
+		_ = e.listener.Close() // nothing was served on it
+	}
+	for _, l := range []net.Listener{a.healthListener, a.metricsListener} {
 		if l != nil {
-			_ = l.Close() // nothing was served on it
+			_ = l.Close()
 		}
 	}
 }
@@ -159,8 +171,8 @@ func (a *App) startBackground(ctx context.Context, g *errgroup.Group) {
 }
 
 func (a *App) startServers(g *errgroup.Group) {
-	for _, l := range a.listeners {
-		g.Go(func() error { return joined(a.grpcServer.Serve(l)) })
+	for _, e := range a.endpoints {
+		g.Go(func() error { return joined(e.server.Serve(e.listener)) })
 	}
 	if a.healthListener != nil {
 		g.Go(func() error { return joined(a.healthServer.Serve(a.healthListener)) })
@@ -177,8 +189,7 @@ func (a *App) startServers(g *errgroup.Group) {
 
 // drain ends serving without losing a request. Its own waits are bounded by DrainDelay and DrainTimeout.
 func (a *App) drain(ctx context.Context) {
-	a.draining.Store(true)
-	a.health.set(false)
+	a.health.drain()
 	if a.server.Streams() > 0 || a.opts.DrainDelay > 0 {
 		wait(ctx, a.opts.DrainDelay)
 	}
@@ -186,17 +197,23 @@ func (a *App) drain(ctx context.Context) {
 	graceful := make(chan struct{})
 	go func() {
 		defer close(graceful)
-		a.grpcServer.GracefulStop()
+		var all sync.WaitGroup
+		for _, e := range a.endpoints {
+			all.Go(e.server.GracefulStop)
+		}
+		all.Wait()
 	}()
 	select {
 	case <-graceful:
 	case <-time.After(a.opts.DrainTimeout):
 		a.server.Cut()
-		wait(ctx, 100*time.Millisecond) // quiet streams end in order; what is left after this is cut
-		if left := a.server.Streams(); left > 0 {
+		wait(ctx, 100*time.Millisecond) // quiet streams end in order, held requests are answered; the rest is cut
+		if left := a.server.Abort(); left > 0 {
 			a.log.Warn("streams cut at the end of the drain time", slog.Int64("streams", left))
 		}
-		a.grpcServer.Stop()
+		for _, e := range a.endpoints {
+			e.server.Stop()
+		}
 		<-graceful
 	}
 	a.healthServer.Stop()

@@ -25,6 +25,7 @@ import (
 type Scheduler interface {
 	Schedule(q *scheduler.Query) (*scheduler.Decision, error)
 	Repick(q *scheduler.Query, phase scheduler.Phase, peer *pool.Endpoint) (scheduler.Pick, error)
+	Pairs(prefill, decode *pool.Endpoint) bool
 	ResponseHeaders(e *pool.Endpoint) []inference.Header
 }
 

@@ -208,6 +208,31 @@ func TestHandleNeverGoesToItsOwnPrefiller(t *testing.T) {
 	}
 }
 
+func TestDecodeThatStoppedAnsweringIsReplaced(t *testing.T) { // readiness changes no snapshot
+	o := &scripted{}
+	b := newBench(t, o)
+	o.outcome = prefilled(b)
+	o.outcome.Attempts = make([]sidecar.Attempt, 1)
+	o.during = func(j *sidecar.Job) { j.Decode.Health.SetReady(false) }
+	if _, _, err := b.run(t); err != nil || o.forwarded[0] != "d1" {
+		t.Errorf("error %v, forwarded %v", err, o.forwarded)
+	}
+}
+
+func TestAnswerThatCouldNotBeSentIsALeak(t *testing.T) {
+	o := &scripted{}
+	b := newBench(t, o)
+	o.outcome = prefilled(b)
+	x, _, err := b.run(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.Done(EndUnanswered)
+	if len(o.abandoned) != 1 || o.abandoned[0] != "not_sent" {
+		t.Errorf("abandoned %v", o.abandoned)
+	}
+}
+
 func TestClientGoneAfterPrefillIsAbandoned(t *testing.T) {
 	o := &scripted{}
 	b := newBench(t, o)

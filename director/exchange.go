@@ -4,7 +4,6 @@ package director
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -60,9 +59,6 @@ func (x *Exchange) Orchestrates() bool {
 	return x.decision.Phase(scheduler.PhasePrefill).Run || x.decision.Phase(scheduler.PhaseEncode).Run
 }
 
-// Request is what was read of the client's request.
-func (x *Exchange) Request() *inference.Request { return x.req }
-
 // Run runs the phases before decode and makes the answer. It blocks until then; ctx is the stream's.
 func (x *Exchange) Run(ctx context.Context) (*Answer, error) {
 	x.job = sidecar.Job{
@@ -99,7 +95,7 @@ func (x *Exchange) fail() error {
 func (x *Exchange) settleDecode(ctx context.Context) error {
 	snap := x.director.opts.Snapshot()
 	after := x.outcome.HasHandle && x.director.opts.Orchestrator.DecodeAfter()
-	if !after && (snap == x.query.Snapshot || x.fits(snap, x.decode)) {
+	if !after && (len(x.outcome.Attempts) == 0 && snap == x.query.Snapshot || x.fits(snap, x.decode)) {
 		return nil
 	}
 	if !after {
@@ -126,10 +122,9 @@ func (x *Exchange) settleDecode(ctx context.Context) error {
 	return err
 }
 
-// fits reports whether the very pod picked is still there and can decode what was prefilled: an endpoint cannot pull
-// KV blocks from itself.
+// fits reports whether the very pod picked is still there, answers, and can decode what was prefilled.
 func (x *Exchange) fits(snap *pool.Snapshot, e *pool.Endpoint) bool {
-	if x.outcome.HasHandle && x.outcome.Prefiller != nil && e.UID == x.outcome.Prefiller.UID {
+	if x.outcome.HasHandle && x.outcome.Prefiller != nil && !x.sched.Pairs(x.outcome.Prefiller, e) {
 		return false
 	}
 	now := snap.ByAddr(e.Addr)
@@ -216,6 +211,11 @@ func (x *Exchange) servedEndpoint() *pool.Endpoint {
 	return nil
 }
 
+// ForgetBody drops the request's bytes: once it was sent on, only ids and counters are kept while the response runs.
+func (x *Exchange) ForgetBody() {
+	x.req.Body, x.edits, x.job.Body = inference.Body{}, nil, nil
+}
+
 // Usage notes what the response body said, where the gateway shows bodies.
 func (x *Exchange) Usage(u inference.Usage, responseBytes int) {
 	x.usage, x.respBytes = u, responseBytes
@@ -229,6 +229,11 @@ func (x *Exchange) Done(end End) {
 	x.done = true
 	now := time.Now()
 	x.prefillLoad.Release()
+	x.decision.Phase(scheduler.PhaseEncode).Reservation.Release()
+	if end == EndUnanswered && x.answered {
+		x.answered = false // the answer was made and could not be sent
+		x.director.opts.Orchestrator.Abandon(context.Background(), &x.job, x.outcome, "not_sent")
+	}
 	if end == EndUnseen && x.answered {
 		x.decodeLoad.ReleaseTokens()
 		x.decodeLoad.Expire(now, x.director.predictedDecode(x.req))
@@ -263,6 +268,3 @@ func (x *Exchange) attrs(now time.Time) []slog.Attr {
 	}
 	return attrs
 }
-
-// ClientGone reports whether the exchange ended because the client left before the answer.
-func (x *Exchange) ClientGone() bool { return errors.Is(x.err, context.Canceled) }

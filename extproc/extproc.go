@@ -8,6 +8,7 @@
 package extproc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -75,9 +76,10 @@ type Server struct {
 
 	gateways gateways
 
-	drainOnce, cutOnce sync.Once
-	draining           chan struct{} // closed: quiet streams whose response headers were answered end with OK
-	cutting            chan struct{} // closed: every quiet stream ends with OK
+	drainOnce sync.Once
+	draining  chan struct{}   // closed: quiet streams whose response headers were answered end with OK
+	cutting   context.Context //nolint:containedctx // ends with Cut: every quiet stream ends with OK, held phases with 503
+	cut       context.CancelFunc
 }
 
 // New checks that every collaborator is there.
@@ -88,10 +90,11 @@ func New(o Options) (*Server, error) {
 	if o.MaxBodyBytes <= 0 {
 		return nil, fmt.Errorf("limits.maxBodyBytes: %d, must be above 0", o.MaxBodyBytes)
 	}
-	return &Server{
-		opts: o, log: o.Logger.With(slog.String("component", "extproc")), metrics: newMetrics(o.Registerer),
-		draining: make(chan struct{}), cutting: make(chan struct{}),
-	}, nil
+	s := &Server{
+		opts: o, log: o.Logger.With(slog.String("component", "extproc")), metrics: newMetrics(o.Registerer), draining: make(chan struct{}),
+	}
+	s.cutting, s.cut = context.WithCancel(context.Background())
+	return s, nil
 }
 
 // ServerOptions are the gRPC options that fit this server: sizes, windows and stream limits. maxRecv and maxSend are
@@ -118,11 +121,18 @@ func (s *Server) Register(g *grpc.Server) { extprocv3.RegisterExternalProcessorS
 // Drain begins the end: quiet streams whose response headers were answered are ended with OK, which loses nothing.
 func (s *Server) Drain() { s.drainOnce.Do(func() { close(s.draining) }) }
 
-// Cut ends what Drain left and can be ended without loss; call it when the drain time is over, before the gRPC server
-// is stopped.
+// Cut ends what Drain left and can be ended without loss, and answers requests that are still held with 503; call it when
+// the drain time is over, before the gRPC server is stopped.
 func (s *Server) Cut() {
 	s.Drain()
-	s.cutOnce.Do(func() { close(s.cutting) })
+	s.cut()
+}
+
+// Abort is told that the gRPC server is about to be stopped: it counts the streams that this cuts, and returns how many.
+func (s *Server) Abort() int64 {
+	left := s.Streams()
+	s.metrics.cut.Add(float64(left))
+	return left
 }
 
 // Streams is the number of streams open now.

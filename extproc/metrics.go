@@ -18,6 +18,7 @@ type metrics struct {
 	visible    map[string]prometheus.Gauge
 	unexpected prometheus.Counter
 	panics     prometheus.Counter
+	cut        prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -28,6 +29,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		}, []string{"reason"}),
 		unexpected: prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_unexpected_messages_total", Help: "Messages that do not belong where they came."}),
 		panics:     prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_panics_total", Help: "Panics recovered in streams."}),
+		cut:        prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_streams_cut_total", Help: "Streams still open at the end of the drain time, which were cut."}),
 		ends:       map[string]prometheus.Counter{}, visible: map[string]prometheus.Gauge{},
 	}
 	for i := range statuses {
@@ -46,7 +48,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	openGauge := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "baton_extproc_streams_open", Help: "ext_proc streams open now."},
 		func() float64 { return float64(m.open.Load()) })
-	reg.MustRegister(m.streams, m.refusals, m.unexpected, m.panics, ends, visible, openGauge)
+	reg.MustRegister(m.streams, m.cut, m.refusals, m.unexpected, m.panics, ends, visible, openGauge)
 	return m
 }
 

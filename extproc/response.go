@@ -93,7 +93,7 @@ func (st *stream) quietRecv() func() (*extprocv3.ProcessingRequest, error) {
 			return r.msg, r.err
 		case <-draining:
 			return nil, errDrained
-		case <-st.server.cutting:
+		case <-st.server.cutting.Done():
 			return nil, errDrained
 		}
 	}

@@ -22,6 +22,7 @@ var (
 	errBodyTooLarge = errors.New("request body too large")
 	errProtocol     = errors.New("unexpected ext_proc message")
 	errPanic        = errors.New("internal error")
+	errShuttingDown = errors.New("the picker is shutting down")
 )
 
 // status is how an error is answered. The reason is a metric label and the value of x-llm-d-request-dropped-reason.
@@ -45,6 +46,7 @@ var statuses = []struct {
 	{director.ErrBodyMode, status{code: 500, reason: "body-mode-unsafe", kind: "InternalServerError", anthropic: "api_error"}},
 	{admission.ErrOverBudget, status{code: 429, reason: "rejected-saturated", kind: "RateLimitError", anthropic: "rate_limit_error", retryAfter: "1"}},
 	{scheduler.ErrNoCandidate, status{code: 503, reason: "rejected-no-endpoints", kind: "ServiceUnavailableError", anthropic: "overloaded_error"}},
+	{errShuttingDown, status{code: 503, reason: "rejected-shutting-down", kind: "ServiceUnavailableError", anthropic: "overloaded_error", retryAfter: "1"}},
 	{sidecar.ErrBudgetSpent, status{code: 504, reason: "budget-spent", kind: "GatewayTimeoutError", anthropic: "api_error"}},
 	{sidecar.ErrLooped, status{code: 508, reason: "loop-detected", kind: "BadRequestError", anthropic: "invalid_request_error"}},
 }

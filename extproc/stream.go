@@ -8,10 +8,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"runtime/debug"
+	"strconv"
 	"time"
 
 	procv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_proc/v3"
 	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/baton-epp/baton/director"
 	"github.com/baton-epp/baton/inference"
@@ -40,6 +44,7 @@ type stream struct {
 	exchange    *director.Exchange
 	answer      *director.Answer
 	held        int  // bytes taken from the gate
+	gathering   bool // the body's last chunk is ours and may grow
 	trailers    bool // the request body ended with trailers
 	requestOver bool // the request was answered
 	immediate   bool // an ImmediateResponse was sent: nothing may follow
@@ -59,8 +64,12 @@ func (st *stream) run() error {
 	}
 	st.requestMode, st.responseMode = modes(first)
 	headers := first.GetRequestHeaders()
-	if headers == nil {
+	switch {
+	case headers != nil:
+	case first.GetResponseHeaders() != nil || first.GetResponseBody() != nil || first.GetResponseTrailers() != nil:
 		return st.respond(first) // a gateway that shows us responses only
+	default:
+		return st.refuse(fmt.Errorf("%w (its request_header_mode must be SEND)", director.ErrBodyMode))
 	}
 	if err := st.request(first, headers); err != nil {
 		return st.refuse(err)
@@ -90,6 +99,10 @@ func (st *stream) request(first *extprocv3.ProcessingRequest, headers *extprocv3
 		return st.decideOnHeaders()
 	}
 	st.in.HasBody = true
+	// Refused before it is read: a BUFFERED body above gRPC's limit would end the stream with an error of gRPC's own.
+	if n, err := strconv.ParseInt(st.in.Headers.Get("content-length"), 10, 64); err == nil && n > st.server.opts.MaxBodyBytes {
+		return st.tooLarge()
+	}
 	switch st.requestMode {
 	case modeDuplex:
 		return st.duplex()
@@ -170,14 +183,38 @@ func (st *stream) buffered() error {
 // take keeps a chunk of the body, within both limits.
 func (st *stream) take(chunk []byte) error {
 	if int64(st.in.Body.Len+len(chunk)) > st.server.opts.MaxBodyBytes {
-		return fmt.Errorf("%w: limit %d bytes (limits.maxBodyBytes)", errBodyTooLarge, st.server.opts.MaxBodyBytes)
+		return st.tooLarge()
 	}
 	if err := st.server.opts.Gate.Hold(len(chunk)); err != nil {
 		return err
 	}
 	st.held += len(chunk)
-	st.in.Body.Append(chunk)
+	st.keep(chunk)
 	return nil
+}
+
+func (st *stream) tooLarge() error {
+	return fmt.Errorf("%w: limit %d bytes (limits.maxBodyBytes)", errBodyTooLarge, st.server.opts.MaxBodyBytes)
+}
+
+// smallChunk is the size in bytes below which chunks are gathered: each kept one costs a message around it, and a client
+// that sends byte by byte would make the gate count a fraction of what is really held.
+const smallChunk = 4 << 10
+
+// keep adds a chunk to the body: the slice that came, or a copy of a small one behind the small ones before it.
+func (st *stream) keep(chunk []byte) {
+	body := &st.in.Body
+	switch last := len(body.Chunks) - 1; {
+	case last < 0 || len(chunk) >= smallChunk || len(chunk) == 0:
+		body.Append(chunk)
+		st.gathering = false
+	case st.gathering && cap(body.Chunks[last])-len(body.Chunks[last]) >= len(chunk):
+		body.Chunks[last] = append(body.Chunks[last], chunk...)
+		body.Len += len(chunk)
+	default:
+		body.Append(append(make([]byte, 0, 4*smallChunk), chunk...))
+		st.gathering = true
+	}
 }
 
 // decide asks the director; in BUFFERED mode the gateway is first asked for the time that sub-requests may take.
@@ -192,7 +229,18 @@ func (st *stream) decide() error {
 			return err
 		}
 	}
-	st.answer, err = x.Run(st.grpc.Context())
+	ctx := st.grpc.Context()
+	if x.Orchestrates() {
+		// The end of the drain time ends the held phase with an answer, not with the stream.
+		held, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		defer context.AfterFunc(st.server.cutting, func() { cancel(errShuttingDown) })()
+		ctx = held
+	}
+	st.answer, err = x.Run(ctx)
+	if err != nil && errors.Is(context.Cause(ctx), errShuttingDown) {
+		return errShuttingDown
+	}
 	return err
 }
 
@@ -247,10 +295,10 @@ func (st *stream) refuse(err error) error {
 		return nil //nolint:nilerr // nobody is left to be answered
 	}
 	st.immediate = true
-	status := statusOf(err)
-	st.server.metrics.refused(status.reason)
-	if sendErr := st.grpc.Send(immediateAnswer(status, err, inference.PathAPI(st.in.Headers.Get(":path")))); sendErr != nil && !errors.Is(sendErr, io.EOF) {
-		st.server.log.Debug("refusal not delivered", slog.String("reason", status.reason), slog.Any("err", sendErr))
+	answer := statusOf(err)
+	st.server.metrics.refused(answer.reason)
+	if sendErr := st.grpc.Send(immediateAnswer(answer, err, inference.PathAPI(st.in.Headers.Get(":path")))); sendErr != nil && !errors.Is(sendErr, io.EOF) {
+		st.server.log.Debug("refusal not delivered", slog.String("reason", answer.reason), slog.Any("err", sendErr))
 	}
 	return nil
 }
@@ -259,14 +307,25 @@ func (st *stream) refuse(err error) error {
 func (st *stream) recovered(cause any, stack []byte) error {
 	st.server.metrics.panics.Inc()
 	st.server.log.Error("panic while handling a request", slog.Any("err", cause), slog.String("stack", string(stack)))
-	if st.requestOver || st.immediate {
+	switch {
+	case st.immediate || (st.requestOver && st.responseMode == modeNone):
 		return nil
+	case st.requestOver:
+		// With OK the gateway would take the response to be complete: the client must see that it is cut.
+		return grpcstatus.Error(codes.Internal, errPanic.Error())
+	default:
+		return st.refuse(errPanic)
 	}
-	return st.refuse(errPanic)
 }
 
 // close gives back whatever the stream still holds, however it ended.
 func (st *stream) close() {
+	defer func() {
+		if r := recover(); r != nil {
+			st.server.metrics.panics.Inc()
+			st.server.log.Error("panic while closing a request", slog.Any("err", r), slog.String("stack", string(debug.Stack())))
+		}
+	}()
 	st.release()
 	st.exchange.Done(st.end())
 }
@@ -278,4 +337,8 @@ func (st *stream) release() {
 		st.held = 0
 	}
 	st.in.Body = inference.Body{}
+	if st.requestOver && st.exchange != nil {
+		st.exchange.ForgetBody()
+		st.answer.Body = nil
+	}
 }

@@ -58,6 +58,7 @@ type Ranked struct {
 // Pick is the result of one phase.
 type Pick struct {
 	Run    bool   // false: the phase does not run for this request
+	Wanted bool   // the decider wanted the phase, and no endpoint was there for it: Run is false
 	Reason string // why it runs or not: the decider's or filter's constant
 	Ranked []Ranked
 	// Send is how many of Ranked, from the first, may be named to the gateway (the picker's maxNumOfEndpoints).

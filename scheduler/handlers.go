@@ -71,7 +71,11 @@ func newDisaggHandler(b *Builder, raw config.Parameters) (any, error) {
 	if h.prefillDecider, err = b.optionalDecider(raw, "deciders.prefill", prefillDecider); err != nil {
 		return nil, err
 	}
-	if h.encodeDecider, err = b.optionalDecider(raw, "deciders.encode", cmp.Or(p.Deciders.Encode, p.EncodeDeciderPluginName)); err != nil {
+	encodeDecider := cmp.Or(p.Deciders.Encode, p.EncodeDeciderPluginName)
+	if encodeDecider != "" {
+		b.Warn("the encode phase never runs: %s", reasonNoEncoders)
+	}
+	if h.encodeDecider, err = b.optionalDecider(raw, "deciders.encode", encodeDecider); err != nil {
 		return nil, err
 	}
 	_, err = b.Prefix("") // llm-d's handler requires the default producer

@@ -4,6 +4,7 @@ package scheduler
 
 import (
 	"runtime"
+	"slices"
 
 	"github.com/baton-epp/baton/pool"
 )
@@ -31,8 +32,17 @@ func (p *phases) profile(ph Phase) *profile {
 	}
 }
 
-// pairs reports whether two endpoints agree on every pair label; one that both lack agrees.
-func (p *phases) pairs(a, b *pool.Endpoint) bool {
+// Pairs reports whether a prefill at one endpoint can serve a decode at the other: they are not the same one, and they
+// agree on every label of disaggregation.pairLabels.
+func (s *Scheduler) Pairs(prefill, decode *pool.Endpoint) bool {
+	return apart(prefill, decode) && s.phases.labelsAgree(prefill, decode)
+}
+
+// apart reports whether a and b are two endpoints, in whatever snapshots they are.
+func apart(a, b *pool.Endpoint) bool { return a.State != b.State }
+
+// labelsAgree reports whether two endpoints agree on every pair label; one that both lack agrees.
+func (p *phases) labelsAgree(a, b *pool.Endpoint) bool {
 	for _, label := range p.pairLabels {
 		if a.Labels[label] != b.Labels[label] {
 			return false
@@ -46,6 +56,7 @@ const (
 	reasonNoProfile    = "no profile"
 	reasonPrefillFirst = "prefill-first"
 	reasonDecode       = "decode"
+	reasonNoEncoders   = "encoders are not built yet"
 )
 
 // all runs the phases in the handler's order.
@@ -69,11 +80,9 @@ func (s *Scheduler) all(d *Decision, q *Query) error {
 	return s.decode(d, q, peer)
 }
 
-// decode runs the one phase that must find an endpoint. Without one, what earlier phases reserved is released.
+// decode runs the one phase that must find an endpoint.
 func (s *Scheduler) decode(d *Decision, q *Query, peer *pool.Endpoint) error {
-	err := s.phase(d, q, PhaseDecode, s.phases.decode, peer)
-	if err != nil {
-		d.releaseReservations()
+	if err := s.phase(d, q, PhaseDecode, s.phases.decode, peer); err != nil {
 		return err
 	}
 	d.Picks[PhaseDecode].Reason = reasonDecode
@@ -99,12 +108,17 @@ func (s *Scheduler) optional(d *Decision, q *Query, ph Phase, p *profile, decide
 		decode = &w.decode
 	}
 	run, reason := decider.Decide(&w.cycle, decode)
-	if run {
+	switch {
+	case run && ph == PhaseEncode:
+		reason = reasonNoEncoders // package sidecar has no encoder connector: load would be reserved for nothing
+	case run:
 		if err := s.phase(d, q, ph, p, peer); err != nil {
-			reason = reasonNone(d.work.removed)
+			reason = reasonNone(w.removed)
+			// One that decodes and may prefill, too, does both: nothing is missing then.
+			pick.Wanted = !slices.ContainsFunc(w.removed, func(r Removal) bool { return r.By == ByPeer })
 		}
 	}
-	d.Picks[ph].Reason = reason
+	pick.Reason = reason
 }
 
 // reasonNone is the reason of the filter that removed most, for a phase that found no endpoint.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/internal/pooltest"
 	"github.com/baton-epp/baton/pool"
@@ -29,6 +30,7 @@ func TestPhases(t *testing.T) {
 	byPrefix := `{type: disagg-profile-handler, parameters: {deciders: {prefill: prefix-based-pd-decider}}}`
 	prefillFirst := `{type: disagg-profile-handler, parameters: {stageOrder: prefill-first, deciders: {encode: always-disagg-multimodal-decider}}}`
 	type want struct{ Decode, Prefill, PrefillReason, Encode, EncodeReason string }
+	unserved := map[string]bool{"no prefiller in the pool": true, "prefill first, none in the pool": true, "the prefiller is down": true}
 	f := func(name, handler string, bytes int, change func(*scheduler.Query), w want) {
 		t.Helper()
 		t.Run(name, func(t *testing.T) {
@@ -49,6 +51,9 @@ func TestPhases(t *testing.T) {
 			if p.Run != (len(p.Ranked) > 0) || e.Run != (len(e.Ranked) > 0) {
 				t.Errorf("Run does not say whether endpoints are ranked: %+v %+v", p, e)
 			}
+			if p.Wanted != unserved[name] || e.Wanted {
+				t.Errorf("Wanted does not say whether endpoints were missing: %+v %+v", p, e)
+			}
 		})
 	}
 	image := func(q *scheduler.Query) {
@@ -57,13 +62,20 @@ func TestPhases(t *testing.T) {
 	f("long prompt", byPrefix, long, nil, want{"d1", "p1", "uncached prompt", "", "no profile"})
 	f("short prompt", byPrefix, 40, nil, want{"d1", "", "short prompt", "", "no profile"})
 	f("always", always, 4, nil, want{"d1", "p1", "always", "", "no media"})
-	f("with an image", always, 4, image, want{"d1", "p1", "always", "e0", "media"})
-	f("prefill first", prefillFirst, 4, image, want{"d1", "p1", "prefill-first", "e0", "media"})
+	f("with an image", always, 4, image, want{"d1", "p1", "always", "", "encoders are not built yet"})
+	f("prefill first", prefillFirst, 4, image, want{"d1", "p1", "prefill-first", "", "encoders are not built yet"})
 	f("only decode", always, long, func(q *scheduler.Query) { q.OnlyDecode, q.OnlyReason = true, "echo" }, want{"d1", "", "echo", "", "echo"})
 	f("prefill first, only decode", prefillFirst, long, func(q *scheduler.Query) { q.OnlyDecode, q.OnlyReason = true, "off" }, want{"d1", "", "off", "", "off"})
 	f("no prefiller in the pool", always, long, func(q *scheduler.Query) {
 		q.Snapshot = pooltest.Snapshot(pooltest.E("d0").Role("decode"), pooltest.E("d1").Role("decode").Waiting(1))
 	}, want{"d0", "", "role does not prefill", "", "no media"})
+	f("prefill first, none in the pool", prefillFirst, long, func(q *scheduler.Query) {
+		q.Snapshot = pooltest.Snapshot(pooltest.E("d0").Role("decode"))
+	}, want{"d0", "", "role does not prefill", "", "no media"})
+	f("the prefiller is down", always, long, func(q *scheduler.Query) {
+		q.Snapshot = pooltest.Snapshot(pooltest.E("p0").Role("prefill"), pooltest.E("d0").Role("decode"))
+		q.Snapshot.Endpoints[0].Health.SetReady(false)
+	}, want{"d0", "", "not ready", "", "no media"})
 	f("the only prefiller decodes", always, long, func(q *scheduler.Query) {
 		q.Snapshot = pooltest.Snapshot(pooltest.E("b0").Role("both"))
 	}, want{"b0", "", "it decodes this request", "", "no media"})
@@ -71,6 +83,67 @@ func TestPhases(t *testing.T) {
 		q.Snapshot = pooltest.Snapshot(pooltest.E("b0").Role("both"), pooltest.E("b1").Role("both").Waiting(1))
 	}, want{"b0", "b1", "always", "", "no media"})
 	f("ranked as far as asked", always, long, func(q *scheduler.Query) { q.Rank = 3 }, want{"d1 d0", "p1 p0", "always", "", "no media"})
+}
+
+// TestEncodeReservesNothing: llm-d's files with an encode decider load, with a warning, and no load is counted for a
+// phase that nobody runs.
+func TestEncodeReservesNothing(t *testing.T) {
+	s := load(t, twoProfiles(`{type: disagg-profile-handler, parameters: {deciders: {encode: always-disagg-multimodal-decider}}}`))
+	want := "test.yaml:5: disagg-profile-handler: the encode phase never runs: encoders are not built yet"
+	if got := s.Warnings(); len(got) != 1 || got[0] != want {
+		t.Errorf("warnings %q, want %q", got, want)
+	}
+	q := query(pdPool(), "x")
+	q.Reserve = true
+	q.Request.Media = []inference.Media{{Kind: "image_url", Span: inference.Span{Start: 0, End: 1}}}
+	d, err := s.Schedule(q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Release()
+	d.Phase(scheduler.PhaseDecode).Reservation.Release()
+	for _, e := range q.Snapshot.Endpoints {
+		if n := e.Load.Requests(); n != 0 {
+			t.Errorf("%s keeps %d reservations", e.Name, n)
+		}
+	}
+}
+
+// panicking is a scorer with a mistake in it.
+type panicking struct{}
+
+func (panicking) Score(*scheduler.Cycle, []scheduler.Candidate, []float64) { panic("mistake") }
+
+// TestPanicKeepsNoReservation: the phases before the one whose plugin panics have reserved already.
+func TestPanicKeepsNoReservation(t *testing.T) {
+	broken := func(o *scheduler.Options) {
+		o.Plugins = append(o.Plugins, scheduler.Registry{
+			"panicking": func(*scheduler.Builder, config.Parameters) (any, error) { return panicking{}, nil },
+		})
+	}
+	f := func(handler, phase string) {
+		t.Helper()
+		text := twoProfiles(handler)
+		text = strings.Replace(text, "- {type: queue-scorer}", "- {type: queue-scorer}\n- {type: panicking}", 1)
+		text = strings.Replace(text, "{pluginRef: "+phase+"-filter}", "{pluginRef: "+phase+"-filter}, {pluginRef: panicking}", 1)
+		q := query(pdPool(), strings.Repeat("a", long))
+		q.Reserve = true
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: no panic", phase)
+				}
+			}()
+			_, _ = load(t, text, broken).Schedule(q)
+		}()
+		for _, e := range q.Snapshot.Endpoints {
+			if n, tokens := e.Load.Requests(), e.Load.Tokens(); n != 0 || tokens != 0 {
+				t.Errorf("%s: %s keeps %d requests, %d tokens", phase, e.Name, n, tokens)
+			}
+		}
+	}
+	f(`{type: disagg-profile-handler, parameters: {deciders: {prefill: always-disagg-pd-decider}}}`, "prefill")
+	f(`{type: disagg-profile-handler, parameters: {stageOrder: prefill-first}}`, "decode")
 }
 
 // TestCachedPromptStaysOnDecode: what the decode endpoint has cached decides, not the prompt's length.
@@ -182,6 +255,27 @@ func TestPairLabels(t *testing.T) {
 	}
 	f("deciders: {prefill: always-disagg-pd-decider}", "p-new d-new")
 	f("stageOrder: prefill-first", "p-old d-old")
+}
+
+// TestPairs: whoever moves decode to another endpoint asks the same as the scheduler's own cut.
+func TestPairs(t *testing.T) {
+	snap := pooltest.Snapshot(pooltest.E("a").Label("rev", "1"), pooltest.E("b").Label("rev", "1"), pooltest.E("c").Label("rev", "2"), pooltest.E("d"))
+	labelled, plain := load(t, "disaggregation: {pairLabels: [rev]}\n"), load(t, "")
+	f := func(prefill, decode int, wantLabelled, wantPlain bool) {
+		t.Helper()
+		again := *snap.Endpoints[decode] // as another snapshot has it
+		if got := labelled.Pairs(snap.Endpoints[prefill], &again); got != wantLabelled {
+			t.Errorf("%d and %d with labels: %v", prefill, decode, got)
+		}
+		if got := plain.Pairs(snap.Endpoints[prefill], &again); got != wantPlain {
+			t.Errorf("%d and %d: %v", prefill, decode, got)
+		}
+	}
+	f(0, 1, true, true)
+	f(0, 2, false, true)
+	f(0, 3, false, true)
+	f(0, 0, false, false)
+	f(3, 3, false, false)
 }
 
 func TestRepick(t *testing.T) {

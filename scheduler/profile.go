@@ -116,10 +116,10 @@ func (w *work) cutBuiltIn(ph *phases, tr *ProfileTrace) {
 		}), ByRole, reasonRole, tr)
 	}
 	if peer := w.cycle.Peer; peer != nil && w.cycle.Phase == PhasePrefill {
-		w.cut(keep(w.cands, func(c *Candidate) bool { return c.Endpoint.State != peer.State }), ByPeer, reasonPeer, tr)
+		w.cut(keep(w.cands, func(c *Candidate) bool { return apart(c.Endpoint, peer) }), ByPeer, reasonPeer, tr)
 	}
 	if peer := w.cycle.Peer; peer != nil && w.cycle.Phase != PhaseEncode && len(ph.pairLabels) > 0 {
-		w.cut(keep(w.cands, func(c *Candidate) bool { return ph.pairs(c.Endpoint, peer) }), ByPair, reasonPair, tr)
+		w.cut(keep(w.cands, func(c *Candidate) bool { return ph.labelsAgree(c.Endpoint, peer) }), ByPair, reasonPair, tr)
 	}
 	if w.ramping && len(w.cands) > 1 {
 		w.cut(w.rampUp(w.cands), ByRampUp, reasonRampUp, tr)

@@ -102,9 +102,17 @@ func New(o Options) (*Scheduler, error) {
 func (s *Scheduler) Schedule(q *Query) (*Decision, error) {
 	start := time.Now()
 	d := s.newDecision(q)
+	ended := false
+	defer func() {
+		if !ended { // a plugin panicked: nobody else knows of the reservations of the phases before it
+			d.releaseReservations()
+		}
+	}()
 	err := s.all(d, q)
 	s.metrics.observe(d, err, time.Since(start))
+	ended = true
 	if err != nil {
+		d.releaseReservations()
 		d.release(s)
 		return nil, err
 	}

@@ -38,17 +38,28 @@ func newBreaker(c config.Breaker, opened func()) *breaker {
 	})}
 }
 
-// allow reports whether a request may go; half open, each true is one of the rare probes.
-func (b *breaker) allow(now time.Time) bool {
+// ready reports whether allow would let a request through. A nil breaker is one that never failed.
+func (b *breaker) ready(now time.Time) bool {
+	if b == nil {
+		return true
+	}
 	switch b.State() {
 	case gobreaker.StateClosed:
 		return true
 	case gobreaker.StateOpen:
 		return false
 	default:
-		last := b.probed.Load()
-		return now.UnixNano()-last >= int64(b.openFor) && b.probed.CompareAndSwap(last, now.UnixNano())
+		return now.UnixNano()-b.probed.Load() >= int64(b.openFor)
 	}
+}
+
+// allow reports whether a request may go; half open, each true is one of the rare probes.
+func (b *breaker) allow(now time.Time) bool {
+	if b == nil || b.State() == gobreaker.StateClosed {
+		return true
+	}
+	last := b.probed.Load()
+	return b.ready(now) && b.probed.CompareAndSwap(last, now.UnixNano())
 }
 
 // note tells how a request ended.

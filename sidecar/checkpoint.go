@@ -79,12 +79,13 @@ func (o *Orchestrator) Forward(ctx context.Context, j *Job, out *Outcome, decode
 	}
 }
 
-// Transferred is told how the decode endpoint served a forwarded request: on the first byte of its answer, ok unless
-// the answer is a 5xx of its own (not one made by the gateway), or the finish reason says error. served is who
-// answered, nil when unknown. It feeds the breaker of the pair; calls after the first, and for requests without a
-// handle, do nothing.
+// Transferred is told how the decode endpoint served a forwarded request: with the headers of its answer, ok when
+// their status is below 500. A 5xx made by the gateway looks the same and counts the same; an error that only the body
+// tells is not known here. served is who answered, nil when unknown. It feeds the breaker of the pair; calls after the
+// first, for requests without a handle, and after [Orchestrator.Abandon] do nothing. An answer that shows that the body
+// was not read is for Abandon instead.
 func (o *Orchestrator) Transferred(ctx context.Context, out *Outcome, served *pool.Endpoint, ok bool) {
-	if !out.HasHandle || out.decode == nil || out.settled {
+	if !out.HasHandle || out.decode == nil || out.settled || out.lost {
 		return
 	}
 	out.settled = true

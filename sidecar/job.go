@@ -44,7 +44,7 @@ const (
 
 // Outcome is what the phases before decode came to. It belongs to the stream's goroutine, as the job does.
 type Outcome struct {
-	// Name is the value of x-baton-outcome: disaggregated, aggregated or fallback-<reason>.
+	// Name is the value of x-baton-outcome: disaggregated, aggregated or fallback-<reason>; empty beside an error.
 	Name          string
 	Headers       []inference.Header // to set on the decode request: x-prefiller-host-port, x-encoder-hosts-ports
 	Prefiller     *pool.Endpoint     // who prefills; nil when aggregated

@@ -20,12 +20,20 @@ const (
 	reclaimFailed = "failed"
 )
 
-// Abandon is told that out's decode request was not sent: reason is client_gone, no_decode or other. It counts the
-// leaked prefill, once, and with reclaim: true sends the decode request itself, cut to one token, so that the blocks
-// are pulled and freed; it then waits for the answer, 5 s at most. After Forward it is for a request that could not be
-// handed to the gateway; nothing is reclaimed then, since a handle leaves once. A nil out does nothing.
+// Abandon is told that nobody claims out's prefill. Before Forward the decode request was not sent, and reason is
+// client_gone, no_decode or other: it counts the leaked prefill, once, and with reclaim: true sends the decode request
+// itself, cut to one token, so that the blocks are pulled and freed; it then waits for the answer, 5 s at most. After
+// Forward reason is not_sent (the answer to the gateway could not be delivered) or refused (the decode server answered
+// 401, 403, 404, 405 or 3xx, before it read the body): it only counts, once, since a handle leaves once and may have
+// left; any other reason does nothing then, for the engines settle it. A nil out does nothing.
 func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason string) {
 	if out == nil || !out.HasHandle || out.lost || out.settled {
+		return
+	}
+	if out.decode != nil {
+		if reason == leakNotSent || reason == leakRefused {
+			o.lose(out, reason)
+		}
 		return
 	}
 	if !slices.Contains([]string{leakClientGone, leakNoDecode}, reason) {
@@ -33,7 +41,7 @@ func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason
 	}
 	o.lose(out, reason)
 	s := o.settings.Load()
-	if !s.Reclaim || out.decode != nil || j.Decode == nil || !keyOf(j.Decode).alive(o.snapshot()) || time.Now().After(out.HandleUntil) {
+	if !s.Reclaim || j.Decode == nil || !keyOf(j.Decode).alive(o.snapshot()) || time.Now().After(out.HandleUntil) {
 		return
 	}
 	out.decode = j.Decode // the handle leaves now, and never again

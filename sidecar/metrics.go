@@ -22,12 +22,14 @@ const (
 	leakNoDecode   = "no_decode"
 	leakOther      = "other"
 	leakAnswerLost = "answer_lost" // the prefill answered 200, and the rest of the answer did not arrive
+	leakRefused    = "refused"     // the decode server answered before it read the body: 401, 403, 404, 405, 3xx
+	leakNotSent    = "not_sent"    // the answer to the gateway could not be delivered
 )
 
 func leakReasons() []string {
 	return []string{
-		leakClientGone, leakNoDecode, leakOther, leakAnswerLost, reasonTooLarge, reasonIncomplete, reasonExpired, reasonUsed,
-		reasonEngineMismatch,
+		leakClientGone, leakNoDecode, leakOther, leakAnswerLost, leakRefused, leakNotSent, reasonTooLarge, reasonIncomplete,
+		reasonExpired, reasonUsed, reasonEngineMismatch,
 	}
 }
 

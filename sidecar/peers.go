@@ -91,16 +91,30 @@ func (p *peers) peerLocked(key peerKey) *peer {
 	return known
 }
 
-// allow reports whether the breaker of e, and that of the pair with decode, let a request through. decode may be nil.
-func (p *peers) allow(e, decode *pool.Endpoint, now time.Time) bool {
+// breakers returns the breakers of e, and of the pair with decode, which may be nil; nil ones let everything through.
+func (p *peers) breakers(e, decode *pool.Endpoint) (own, pair *breaker) {
 	p.mu.Lock()
-	known := p.byKey[keyOf(e)]
-	var pair *breaker
+	defer p.mu.Unlock()
+	if known := p.byKey[keyOf(e)]; known != nil {
+		own = known.breaker
+	}
 	if decode != nil {
 		pair = p.pairs[pairKey{keyOf(e), keyOf(decode)}]
 	}
-	p.mu.Unlock()
-	return (known == nil || known.allow(now)) && (pair == nil || pair.allow(now))
+	return own, pair
+}
+
+// ready reports whether allow would say yes now; it takes nothing.
+func (p *peers) ready(e, decode *pool.Endpoint, now time.Time) bool {
+	own, pair := p.breakers(e, decode)
+	return own.ready(now) && pair.ready(now)
+}
+
+// allow reports whether the breakers of e, and of the pair with decode, let a request through; half open, a yes is
+// their one permit.
+func (p *peers) allow(e, decode *pool.Endpoint, now time.Time) bool {
+	own, pair := p.breakers(e, decode)
+	return own.ready(now) && pair.ready(now) && own.allow(now) && pair.allow(now)
 }
 
 // note tells the breaker of e how an attempt ended.

@@ -29,7 +29,7 @@ type run struct {
 func (r *run) way() way {
 	pick := r.j.Decision.Phase(scheduler.PhasePrefill)
 	switch {
-	case !pick.Run || len(pick.Ranked) == 0 || r.s.Mode == modeOff,
+	case !pick.Wanted && len(pick.Ranked) == 0 || r.s.Mode == modeOff,
 		r.j.Body == nil || r.j.Request.Bars != 0,
 		r.j.Request.HasTransferFields && r.s.AcceptClientTransferFields: // the caller does it
 		return wayAggregated
@@ -51,17 +51,20 @@ func (r *run) engine() string {
 	if r.j.Decode != nil {
 		return r.j.Decode.Engine
 	}
-	return r.j.Decision.Phase(scheduler.PhasePrefill).Ranked[0].Endpoint.Engine
+	if ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked; len(ranked) > 0 {
+		return ranked[0].Endpoint.Engine
+	}
+	return ""
 }
 
 // nameHost leaves prefill to the decode endpoint's sidecar and tells it where. Nobody tells us when that prefill
 // ends, so its reservation becomes an estimate.
-func (r *run) nameHost() {
+func (r *run) nameHost() error {
 	now := time.Now()
 	ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked
 	for i := range ranked {
 		e := r.usable(ranked[i].Endpoint, i == 0, now)
-		if e == nil {
+		if e == nil || !r.admit(e, i == 0, now) {
 			continue
 		}
 		r.move(i, e, ranked[i].UncachedTokens)
@@ -69,9 +72,13 @@ func (r *run) nameHost() {
 		r.load = nil
 		r.out.Name, r.out.Prefiller = outcomeDisaggregated, e
 		r.out.Headers = []inference.Header{{Name: HeaderPrefiller, Value: e.Hostport}}
-		return
+		return nil
+	}
+	if r.s.OnFailure == "fail" {
+		return r.phaseError(&result{reason: reasonNoPrefiller})
 	}
 	r.fallBack(reasonNoPrefiller)
+	return nil
 }
 
 // move takes the reservation along to the endpoint ranked i; the first holds the job's own.
@@ -83,7 +90,7 @@ func (r *run) move(i int, e *pool.Endpoint, tokens int64) {
 }
 
 // prefill walks down the ranked prefillers until one delivers.
-func (r *run) prefill(ctx context.Context) (*Outcome, error) {
+func (r *run) prefill(ctx context.Context) error {
 	start := r.j.Start
 	if start.IsZero() {
 		start = time.Now()
@@ -104,18 +111,22 @@ func (r *run) prefill(ctx context.Context) (*Outcome, error) {
 		if len(r.out.Attempts) == r.s.Prefill.Attempts {
 			break
 		}
-		e := r.usable(ranked[i].Endpoint, i == 0, time.Now())
+		now := time.Now()
+		e := r.usable(ranked[i].Endpoint, i == 0, now)
 		if e == nil {
 			continue
 		}
 		if r.j.Decode != nil && keyOf(e) == keyOf(r.j.Decode) {
 			if last.reason == reasonNoPrefiller {
-				return r.out, nil // decode prefills for itself, and cheaper
+				return nil // decode prefills for itself, and cheaper
 			}
 			break
 		}
 		if len(r.out.Attempts) > 0 && !r.retry() {
 			break
+		}
+		if !r.admit(e, i == 0, now) {
+			continue
 		}
 		r.move(i, e, ranked[i].UncachedTokens)
 		r.o.reach(ctx, r.out, PrefillSelected)
@@ -123,7 +134,7 @@ func (r *run) prefill(ctx context.Context) (*Outcome, error) {
 		r.load.Release()
 		if last.reason == reasonOK {
 			r.deliver(ctx, e, &last)
-			return r.out, nil
+			return nil
 		}
 		if !sequelOf(last.reason).next {
 			break
@@ -133,7 +144,8 @@ func (r *run) prefill(ctx context.Context) (*Outcome, error) {
 }
 
 // usable returns the endpoint as the snapshot has it now, or nil when it must not be asked: it left the pool, changed
-// its role, speaks another wire, or is known to be sick. The first choice is the scheduler's, which has weighed its health.
+// its role, speaks another wire, or is known to be sick. The first choice is the scheduler's, which has weighed its
+// health. It takes no permit of breakers and no probe: admit does, when nothing else can stand in the way any more.
 func (r *run) usable(ranked *pool.Endpoint, first bool, now time.Time) *pool.Endpoint {
 	e := r.o.snapshot().ByAddr(ranked.Addr)
 	if e == nil || e.UID != ranked.UID || e.Role != 0 && !e.Role.Has(pool.RolePrefill) {
@@ -149,16 +161,19 @@ func (r *run) usable(ranked *pool.Endpoint, first bool, now time.Time) *pool.End
 		if !first {
 			return nil
 		}
-	case pool.Probation:
-		if !first && !e.Health.TryProbe(now) {
-			return nil
-		}
-	case pool.Healthy:
+	case pool.Probation, pool.Healthy:
 	}
-	if !r.o.peers.allow(e, r.j.Decode, now) {
+	if !r.o.peers.ready(e, r.j.Decode, now) {
 		return nil
 	}
 	return e
+}
+
+// admit takes the permits that e's breakers and its probation demand, right before it is asked; false when another
+// request took one since usable looked.
+func (r *run) admit(e *pool.Endpoint, first bool, now time.Time) bool {
+	return r.o.peers.allow(e, r.j.Decode, now) &&
+		(first || e.Health.Standing(now) != pool.Probation || e.Health.TryProbe(now))
 }
 
 // sameWire reports whether a prefiller speaks the wire that was chosen for the request.
@@ -197,7 +212,7 @@ func (r *run) deliver(ctx context.Context, e *pool.Endpoint, res *result) {
 }
 
 // finish ends a walk on which no prefiller delivered.
-func (r *run) finish(ctx context.Context, last *result) (*Outcome, error) {
+func (r *run) finish(ctx context.Context, last *result) error {
 	where := func(err error) error {
 		if n := len(r.out.Attempts); n > 0 {
 			return fmt.Errorf("prefill %s attempt %d: %w", r.out.Attempts[n-1].Endpoint.Hostport, n, err)
@@ -206,14 +221,14 @@ func (r *run) finish(ctx context.Context, last *result) (*Outcome, error) {
 	}
 	switch {
 	case last.reason == reasonCanceled:
-		return nil, where(context.Canceled)
+		return where(context.Canceled)
 	case last.reason == reasonBudget, context.Cause(ctx) == ErrBudgetSpent: //nolint:errorlint // our own cause, never wrapped
-		return nil, where(ErrBudgetSpent)
+		return where(ErrBudgetSpent)
 	case !r.wire.Aggregates, r.s.OnFailure == "fail" && !sequelOf(last.reason).alone:
-		return nil, r.phaseError(last)
+		return r.phaseError(last)
 	}
 	r.fallBack(last.reason)
-	return r.out, nil
+	return nil
 }
 
 func (r *run) phaseError(last *result) error {

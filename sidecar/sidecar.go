@@ -134,25 +134,30 @@ func (o *Orchestrator) Budget() time.Duration { return o.settings.Load().Budget 
 
 // Run brings the job to the point where decode can be forwarded, blocking until then. ctx is the stream's: when it
 // ends, what runs is cancelled at once. Errors: *[PhaseError] (502), [ErrBudgetSpent] (504), [ErrLooped],
-// [context.Canceled] when the client left.
+// [context.Canceled] when the client left. The Outcome is never nil: beside an error it only tells how far the request
+// got (Attempts, Checkpoint), its Name is empty, and nothing may be forwarded.
 func (o *Orchestrator) Run(ctx context.Context, j *Job) (*Outcome, error) {
 	r := run{o: o, s: o.settings.Load(), j: j, out: &Outcome{Name: outcomeAggregated}, load: j.PrefillLoad}
 	defer func() { r.load.Release() }()
 	if j.Request.Headers.Has(HeaderDepth) {
 		o.metrics.looped.Inc()
-		return nil, ErrLooped
+		r.out.Name = ""
+		return r.out, ErrLooped
 	}
 	if j.Body != nil && j.Request.HasTransferFields && !r.s.AcceptClientTransferFields {
 		j.Body.StripTransferFields()
 	}
+	var err error
 	switch r.way() {
 	case wayHeaders:
-		r.nameHost()
-		return r.out, nil
+		err = r.nameHost()
 	case wayOrchestrate:
 		o.peers.sweep(o.snapshot())
-		return r.prefill(ctx)
-	default:
-		return r.out, nil
+		err = r.prefill(ctx)
+	case wayAggregated:
 	}
+	if err != nil {
+		r.out.Name = ""
+	}
+	return r.out, err
 }

@@ -19,10 +19,15 @@ func newCheck() *cobra.Command {
 		RunE: func(cmd *cobra.Command, files []string) error {
 			var errs []error
 			for _, file := range files {
-				resolved, err := app.Check(file)
+				resolved, warnings, err := app.Check(file)
 				if err != nil {
 					errs = append(errs, err)
 					continue
+				}
+				for _, w := range warnings {
+					if _, err := fmt.Fprintln(cmd.ErrOrStderr(), "warning: "+w); err != nil {
+						return err
+					}
 				}
 				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "# %s\n%s", file, resolved); err != nil {
 					return err

@@ -18,7 +18,7 @@ import (
 type serveFlags struct {
 	options                         app.Options
 	verbosity                       int
-	zapEncoder                      string
+	zapEncoder, clientCA            string
 	metricsAuth, leaderElection     bool
 	recvSize, sendSize              string
 	kubernetes                      map[string]*string // flags that only the Kubernetes source will use
@@ -76,7 +76,6 @@ func (f *serveFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.sendSize, "grpc-max-send-msg-size", "", "largest message sent (default fits limits.maxBodyBytes)")
 	fs.BoolVar(&o.DisableSubsetFilter, "disable-endpoint-subset-filter", false, "ignore the gateway's subset hint")
 	fs.StringVar(&o.PoolName, "pool-name", "", "InferencePool; with file discovery only a metric label")
-	fs.StringVar(&o.PoolNamespace, "pool-namespace", o.PoolNamespace, "namespace of the pool")
 	fs.BoolVar(&f.tracer, "tracing", app.TracingConfigured(), "spans by OTLP (default on when OTEL_EXPORTER_OTLP_ variables are set)")
 	fs.IntVarP(&f.verbosity, "v", "v", 2, "log verbosity; above 2 adds one line per request")
 	fs.StringVar(&f.zapEncoder, "zap-encoder", "console", "log format: console or json")
@@ -86,19 +85,20 @@ func (f *serveFlags) register(fs *pflag.FlagSet) {
 // registerAccepted are flags of llm-d's picker that mean nothing here, or not yet: they are taken so that a command line
 // moves over, and what they would change is said.
 func (f *serveFlags) registerAccepted(fs *pflag.FlagSet) {
-	for _, name := range []string{"pool-group", "endpoint-selector", "endpoint-target-ports", "kubeconfig"} {
+	for _, name := range []string{"pool-group", "pool-namespace", "endpoint-selector", "endpoint-target-ports", "kubeconfig"} {
 		f.kubernetes[name] = fs.String(name, "", "used by the Kubernetes source, which is not built yet")
 	}
 	fs.BoolVar(&f.leaderElection, "ha-enable-leader-election", false, "accepted: all replicas of Baton are active and ready")
-	fs.BoolVar(&f.options.AllowExperimentalPlugins, "allow-experimental-plugins", false, "accepted: Baton has no such gate")
-	fs.BoolVar(&f.options.HealthOnGRPCPort, "health-checking", false, "accepted: health is on the ext_proc port in any case")
+	fs.Bool("allow-experimental-plugins", false, "accepted: Baton has no such gate")
+	fs.Bool("health-checking", false, "accepted: health is on the ext_proc port in any case")
 	fs.BoolVar(&f.emitScores, "emit-endpoint-scores", false, "not built yet")
 	fs.BoolVar(&f.grpcMetrics, "enable-grpc-stream-metrics", false, "accepted: baton_extproc_ metrics are always there")
 	fs.Duration("refresh-prometheus-metrics-interval", 0, "accepted: pool gauges are computed when they are read")
-	for _, name := range []string{"zap-log-level", "zap-devel", "zap-stacktrace-level", "zap-time-encoding", "metrics-client-ca-file"} {
-		fs.String(name, "", "accepted and ignored")
-		fs.Lookup(name).NoOptDefVal = "true"
+	fs.StringVar(&f.clientCA, "metrics-client-ca-file", "", "not built yet")
+	for _, name := range []string{"zap-log-level", "zap-stacktrace-level", "zap-time-encoding"} {
+		fs.String(name, "", "accepted: use -v and --zap-encoder")
 	}
+	fs.Bool("zap-devel", false, "accepted: use -v and --zap-encoder")
 }
 
 // resolve turns flags into options; every problem is reported.
@@ -123,6 +123,9 @@ func (f *serveFlags) resolve(fs *pflag.FlagSet) (*app.Options, error) {
 	}
 	if f.emitScores {
 		errs = append(errs, errors.New("--emit-endpoint-scores: not built yet"))
+	}
+	if f.clientCA != "" {
+		errs = append(errs, errors.New("--metrics-client-ca-file: not built yet; bind the metrics port to loopback or guard it by a network policy"))
 	}
 	if f.zapEncoder != "console" && f.zapEncoder != "json" {
 		errs = append(errs, fmt.Errorf("--zap-encoder: %q, must be console or json", f.zapEncoder))

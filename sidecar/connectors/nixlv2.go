@@ -31,7 +31,8 @@ func (nixlv2) Withdraw(x *Exchange, body *inference.Edits) { clearTransfer(x.Req
 
 // The members of a handle that are looked at, as indexes.
 const (
-	nixlEngineID = iota
+	nixlPull = iota
+	nixlEngineID
 	nixlRequestID
 	nixlHost
 	nixlPort
@@ -65,8 +66,8 @@ func (nixlv2) Answer(x *Exchange, answer []byte) Answer {
 	}
 	var found [nixlMembers]inference.Span
 	members(raw, []string{
-		"remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids", "transfer_mode",
-		"remote_num_tokens",
+		"do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids",
+		"transfer_mode", "remote_num_tokens",
 	}, found[:])
 	if tokens, err := strconv.ParseInt(text(raw, found[nixlTokens]), 10, 64); err == nil {
 		a.PromptTokens = tokens
@@ -86,13 +87,31 @@ func (nixlv2) Answer(x *Exchange, answer []byte) Answer {
 	return a
 }
 
+// nixlComplete reports whether a decode engine can use the handle: it says that blocks are to be fetched, from whom, and
+// which. In push mode the prefill engine knows which.
 func nixlComplete(raw []byte, found [nixlMembers]inference.Span) bool {
-	for _, member := range []int{nixlEngineID, nixlRequestID, nixlHost, nixlPort} {
-		if v := text(raw, found[member]); v == "" || v == "null" || v == `""` {
+	if text(raw, found[nixlPull]) != "true" {
+		return false
+	}
+	for _, member := range []int{nixlEngineID, nixlRequestID, nixlHost} {
+		if !startsWith(raw, found[member], '"') || found[member].Len() == len(`""`) {
 			return false
 		}
 	}
-	return startsWith(raw, found[nixlBlockIDs], '[') || text(raw, found[nixlMode]) == `"push"`
+	port, err := strconv.ParseUint(strings.Trim(text(raw, found[nixlPort]), `"`), 10, 16)
+	if err != nil || port == 0 {
+		return false
+	}
+	return areBlockIDs(text(raw, found[nixlBlockIDs])) || text(raw, found[nixlMode]) == `"push"`
+}
+
+// areBlockIDs reports whether a JSON value is an array of numbers (older engines) or of arrays of them, one for each
+// group of KV caches; anything else in it, such as null, ends the decode engine. An empty array is legal: decode pulls
+// nothing, and tells the prefill engine to free what it holds (reference kv-wire.md 1.1).
+func areBlockIDs(value string) bool {
+	const allowed = "[]0123456789, \t\r\n"
+	return strings.HasPrefix(value, "[") &&
+		!strings.ContainsFunc(value, func(r rune) bool { return !strings.ContainsRune(allowed, r) })
 }
 
 // withoutHandle tells an answer that needs no handle from one that should have had it. Older vLLM hold blocks only

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"maps"
 	"net/netip"
 	"os"
@@ -217,13 +218,34 @@ func TestAnswer(t *testing.T) {
 	}
 	f("good", wrap(handle, "length"), Ready)
 	f("good after a stop", wrap(handle, "stop"), Ready)
-	for _, name := range []string{"remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids"} {
+	for _, name := range []string{
+		"do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids",
+	} {
 		f("no "+name, without(name), Incomplete)
 		f("null "+name, wrap(strings.Replace(handle, `"`+name+`":`, `"`+name+`":null,"was_`+name+`":`, 1), "length"), Incomplete)
 		f("later null "+name, wrap(strings.TrimSuffix(handle, "}")+`,"`+name+`":null}`, "length"), Incomplete)
-		f("escaped null "+name, wrap(strings.TrimSuffix(handle, "}")+`,"\u0072`+name[1:]+`":null}`, "length"), Incomplete)
+		f("escaped null "+name, wrap(strings.TrimSuffix(handle, "}")+`,"`+fmt.Sprintf("\\u%04x", name[0])+name[1:]+`":null}`, "length"), Incomplete)
 	}
 	f("push needs no blocks", strings.Replace(without("remote_block_ids"), `"pull"`, `"push"`, 1), Ready)
+	with := func(name, value string) string { // of duplicates the last counts
+		return wrap(strings.TrimSuffix(handle, "}")+`,"`+name+`":`+value+`}`, "length")
+	}
+	for name, values := range map[string][]string{
+		"do_remote_prefill": {"false", `"true"`, "1"},
+		"remote_engine_id":  {`""`, "7", "[]", "{}", "true"},
+		"remote_request_id": {`""`, "7", "[]", "{}", "true"},
+		"remote_host":       {`""`, "7", "[]", "{}", "true"},
+		"remote_port":       {`""`, `"http"`, "0", "65536", "-1", "5600.5", "[5600]", "true"},
+		"remote_block_ids":  {"[null]", "[[null]]", "[[1],null]", "[1,null]", "7", `"[1]"`, "{}", `["1"]`, "[true]", "[1.5]"},
+	} {
+		for _, v := range values {
+			f(name+" "+v, with(name, v), Incomplete)
+		}
+	}
+	f("numeric port in a string", with("remote_port", `"5600"`), Ready)
+	f("flat block ids of older engines", with("remote_block_ids", "[1, 2,18446744073709551615]"), Ready)
+	f("everything cached", with("remote_block_ids", "[]"), Ready)
+	f("everything cached, by group", with("remote_block_ids", "[[], [ ]]"), Ready)
 	f("bare", wrap(`{"do_remote_prefill":true}`, "length"), Incomplete)
 	f("no object", wrap(`[1]`, "length"), Incomplete)
 	f("echo of what was asked", wrap(askForBlocks, "length"), Incomplete)
