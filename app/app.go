@@ -109,7 +109,7 @@ func (a *App) buildRequestPath() error {
 		Config: a.config.Disaggregation, Logger: a.opts.Logger, Registerer: a.registry, Snapshot: a.store.Snapshot,
 	})
 	if err != nil {
-		return err
+		return inFile(a.opts.ConfigFile, err)
 	}
 	gate, err := admission.New(a.config.Limits.MaxHeldBytes)
 	if err != nil {

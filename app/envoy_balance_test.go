@@ -5,6 +5,7 @@ package app
 import (
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,13 +15,13 @@ import (
 	"github.com/baton-epp/baton/simulate"
 )
 
-// defaultProfile is a configuration that says where endpoints are and nothing else.
-const defaultProfile = `apiVersion: llm-d.ai/v1alpha1
-kind: EndpointPickerConfig
-plugins:
-- {type: file-discovery, parameters: {path: endpoints.yaml, watchFile: true}}
-dataLayer: {discovery: {pluginRef: file-discovery}}
-`
+// byDefault is a picker without a configuration file, only told where the endpoints are: llm-d's default profile.
+func byDefault(s *stackOptions) {
+	s.options = func(o *Options) {
+		o.EndpointsFile, o.ConfigFile = filepath.Join(filepath.Dir(o.ConfigFile), "endpoints.yaml"), ""
+		o.MetricsStaleness = time.Minute
+	}
+}
 
 // scrapes breaks the metrics of all engines; "" mends them.
 func (s *stack) scrapes(fault string) {
@@ -41,7 +42,9 @@ func distinct(i int) string {
 func TestEnvoyBurst(t *testing.T) {
 	o := fast(0, 0)
 	o.Plain, o.Template.PrefillFixed = 10, 3*time.Second
-	s := newStack(t, stackOptions{pool: o, whole: defaultProfile, options: func(o *Options) { o.MetricsStaleness = time.Minute }})
+	options := stackOptions{pool: o}
+	byDefault(&options)
+	s := newStack(t, options)
 	for _, e := range s.app.Snapshot().Endpoints {
 		eventually(t, "every endpoint was scraped", func() bool { return e.Metrics().Has != 0 })
 	}
@@ -83,7 +86,9 @@ func TestEnvoyEjection(t *testing.T) {
 			t.Parallel()
 			o := fast(0, 0)
 			o.Plain = 4
-			s := newStack(t, stackOptions{pool: o, whole: defaultProfile})
+			options := stackOptions{pool: o}
+			byDefault(&options)
+			s := newStack(t, options)
 			sick := s.pool.Engine("engine-2")
 			if err := sick.SetFaults(simulate.Faults{Rules: []simulate.Fault{fault}}); err != nil {
 				t.Fatal(err)

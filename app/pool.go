@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -131,21 +133,31 @@ func scraping(c *config.Config) (source metricsscraper.Source, engines *metricss
 // Check reads a configuration as New would, without opening a port, and returns its resolved form and what an operator
 // should know about it.
 func Check(file string) (resolved []byte, warnings []string, err error) {
-	o := Options{ConfigFile: file}
-	name, text, err := o.readConfig()
+	text, err := os.ReadFile(file)
 	if err != nil {
 		return nil, nil, err
 	}
-	c, err := config.Load(name, text)
+	c, err := config.Load(file, text)
 	if err != nil {
 		return nil, nil, err
 	}
-	warnings, err = checkParts(c, name)
+	warnings, err = checkParts(c, file)
 	if err != nil {
 		return nil, nil, err
+	}
+	if c.DataLayer.Discovery.PluginRef == "" {
+		warnings = append(warnings, file+": dataLayer.discovery is not set: baton serve needs --endpoints-file with it")
 	}
 	resolved, err = c.Resolved()
 	return resolved, append(c.Warnings, warnings...), err
+}
+
+// inFile names the configuration in an error that does not.
+func inFile(file string, err error) error {
+	if err == nil || file == "" || strings.HasPrefix(err.Error(), file) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", file, err)
 }
 
 // checkParts builds what a configuration describes and throws it away, so that every problem shows.
@@ -163,8 +175,8 @@ func checkParts(c *config.Config, file string) (warnings []string, err error) {
 	errs = append(errs, err)
 	if ref := c.DataLayer.Discovery.PluginRef; ref != "" {
 		_, err := fileDiscovery(c, ref)
-		errs = append(errs, err)
+		errs = append(errs, inFile(file, err))
 	}
 	_, err = sidecar.New(sidecar.Options{Config: c.Disaggregation, Snapshot: func() *pool.Snapshot { return pool.NewSnapshot(0, false, nil) }})
-	return warnings, errors.Join(append(errs, err)...)
+	return warnings, errors.Join(append(errs, inFile(file, err))...)
 }

@@ -140,13 +140,15 @@ func (a *App) Run(ctx context.Context) error {
 		slog.String("configuration", a.describe()), slog.String("version", a.opts.Version))
 	select {
 	case <-ctx.Done():
-		a.log.Info("draining", slog.String("reason", context.Cause(ctx).Error()))
+		a.log.Info("draining; a second signal ends at once", slog.String("reason", context.Cause(ctx).Error()),
+			slog.Float64("seconds", (a.opts.DrainDelay+a.opts.DrainTimeout).Seconds()))
 	case <-gctx.Done():
 	}
 	a.drain(gctx)
 	stopServing()
 	err := joined(g.Wait())
 	runtime.KeepAlive(a.heapFloor)
+	a.log.Info("stopped")
 	return err
 }
 

@@ -114,13 +114,28 @@ func defaults() *Config {
 	}
 }
 
-// fillPlugins puts llm-d's default plugins and profile into a configuration without either.
+// schedulesNothing reports whether a file says where endpoints and metrics come from and nothing of how to pick: it then
+// gets the default profile, as no file at all does.
+func (c *Config) schedulesNothing() bool {
+	return len(c.SchedulingProfiles) == 0 && !slices.ContainsFunc(c.Plugins, func(p Plugin) bool {
+		switch p.Type {
+		case "file-discovery", "metrics-data-source", "core-metrics-extractor":
+			return false
+		default:
+			return !strings.HasSuffix(p.Type, "-parser")
+		}
+	})
+}
+
+// fillPlugins puts llm-d's default plugins and profile into a configuration that has none.
 func (c *Config) fillPlugins() {
 	for _, name := range []string{
 		"queue-scorer", "kv-cache-utilization-scorer", "prefix-cache-scorer", "max-score-picker",
 		"single-profile-handler", "metrics-data-source", "core-metrics-extractor",
 	} {
-		c.Plugins = append(c.Plugins, Plugin{Name: name, Type: name})
+		if !slices.ContainsFunc(c.Plugins, func(p Plugin) bool { return p.Name == name || p.Type == name }) {
+			c.Plugins = append(c.Plugins, Plugin{Name: name, Type: name})
+		}
 	}
 	c.SchedulingProfiles = []Profile{{Name: "default", Plugins: []ProfilePlugin{
 		{PluginRef: "queue-scorer", Weight: 2},
@@ -128,7 +143,9 @@ func (c *Config) fillPlugins() {
 		{PluginRef: "prefix-cache-scorer", Weight: 3},
 		{PluginRef: "max-score-picker", Weight: DefaultWeight},
 	}}}
-	c.DataLayer.Sources = []Source{{PluginRef: "metrics-data-source", Extractors: []Ref{{PluginRef: "core-metrics-extractor"}}}}
+	if len(c.DataLayer.Sources) == 0 && !slices.ContainsFunc(c.Plugins, func(p Plugin) bool { return p.Line != 0 && p.Type != "file-discovery" }) {
+		c.DataLayer.Sources = []Source{{PluginRef: "metrics-data-source", Extractors: []Ref{{PluginRef: "core-metrics-extractor"}}}}
+	}
 }
 
 // Load reads a file strictly; file is its name for messages. The error joins every problem with file, line and path.
@@ -155,7 +172,7 @@ func Load(file string, data []byte) (*Config, error) {
 	for _, w := range v.warnings {
 		c.Warnings = append(c.Warnings, w.Error())
 	}
-	if len(c.Plugins) == 0 && len(c.SchedulingProfiles) == 0 {
+	if c.schedulesNothing() {
 		c.fillPlugins()
 	}
 	return &c.Config, nil

@@ -67,7 +67,7 @@ type Transport struct {
 // Limits bounds what requests may hold.
 type Limits struct {
 	MaxBodyBytes int64 `yaml:"maxBodyBytes,quantity"`      // one request, 413 above; default 64Mi
-	MaxHeldBytes int64 `yaml:"maxHeldBytes,quantity,auto"` // all requests, 429 above; 0 = auto: min(2Gi, half the memory limit)
+	MaxHeldBytes int64 `yaml:"maxHeldBytes,quantity,auto"` // all requests, at least maxBodyBytes, 429 above; 0 = auto: min(2Gi, half the memory limit)
 	// AllowUninspectedBodies lets bodies pass that the gateway does not let us see.
 	AllowUninspectedBodies bool `yaml:"allowUninspectedBodies"`
 }

@@ -74,7 +74,7 @@ func (v *validator) check(c *Config) {
 	}
 	v.checkDisaggregation(&c.Disaggregation)
 	v.checkSubRequests(&c.Disaggregation)
-	v.atLeastOne("limits.maxBodyBytes", c.Limits.MaxBodyBytes)
+	v.checkLimits(&c.Limits)
 	v.checkScraping(&c.Scraping)
 }
 
@@ -238,6 +238,13 @@ func (v *validator) checkDetector(path string, s *SaturationDetector, names map[
 	}
 	if d := s.MetricsStalenessThreshold; d != nil {
 		v.positive(path+".metricsStalenessThreshold", *d)
+	}
+}
+
+func (v *validator) checkLimits(l *Limits) {
+	v.atLeastOne("limits.maxBodyBytes", l.MaxBodyBytes)
+	if l.MaxHeldBytes != 0 && l.MaxHeldBytes < l.MaxBodyBytes {
+		v.fail("limits.maxHeldBytes", "%s, must be ≥ maxBodyBytes (%s), or auto", formatQuantity(l.MaxHeldBytes), formatQuantity(l.MaxBodyBytes))
 	}
 }
 

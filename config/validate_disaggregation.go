@@ -8,6 +8,9 @@ import (
 	"strings"
 )
 
+// noEncoders is the warning about what has no effect yet.
+const noEncoders = "has no effect: encoder connectors are not built yet, and the encode phase never runs"
+
 // maxAttempts bounds attempts per phase: pickers rank one endpoint more than that.
 const maxAttempts = 10
 
@@ -28,6 +31,10 @@ func (v *validator) checkDisaggregation(d *Disaggregation) {
 	}
 	if d.ECConnector != "" {
 		v.oneOf(at+"ecConnector", d.ECConnector, "ec-example", "ec-nixl")
+		v.warn(at+"ecConnector", noEncoders)
+	}
+	if d.Encode != defaultDisaggregation().Encode {
+		v.warn(at+"encode", noEncoders)
 	}
 	v.positive(at+"budget", d.Budget)
 	v.oneOf(at+"decodePick", d.DecodePick, "before", "after")

@@ -238,8 +238,8 @@ func TestClientGoneAfterPrefillIsAbandoned(t *testing.T) {
 	b := newBench(t, o)
 	o.outcome = prefilled(b)
 	var body inference.Body
-	body.Append([]byte(`{"prompt":"x"}`))
-	x, err := b.d.Begin(&Incoming{Headers: inference.Headers{{Name: ":path", Value: "/v1/completions"}}, Body: body, HasBody: true, Start: time.Now()})
+	body.Append([]byte(`{"model":"m","prompt":"x"}`))
+	x, err := b.d.Begin(&Incoming{Headers: inference.Headers{{Name: ":path", Value: "/v1/completions"}, {Name: ":method", Value: "POST"}}, Body: body, HasBody: true, Start: time.Now()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -55,10 +55,20 @@ func (d *Director) read(api inference.API, in *Incoming) (*inference.Request, er
 		if enc := in.Headers.Get("content-encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
 			return nil, ErrEncoding
 		}
-		return inference.Parse(api, in.Body)
+		req, err := inference.Parse(api, in.Body)
+		if err == nil && !req.HasModel && needsModel(api) {
+			err = fmt.Errorf("%w: model is missing", inference.ErrMalformed)
+		}
+		return req, err
 	default:
 		return d.readUnknown(in)
 	}
+}
+
+// needsModel reports whether requests of an API must name a model: 400 without one, as the Endpoint Picker Protocol's
+// test table has it. Engines' own APIs serve one model and need none.
+func needsModel(api inference.API) bool {
+	return api != inference.Generate && api != inference.SGLangGenerate
 }
 
 // binary are the content types that pass untouched on unknown paths.

@@ -111,6 +111,7 @@ func TestRefusals(t *testing.T) { // P12, DESIGN.md 3.5 and 3.6
 		{"empty pool", kitOptions{snapshot: pooltest.Snapshot()}, first{}, chat, 503, "rejected-no-endpoints", `"code":503`},
 		{"empty pool, GET", kitOptions{snapshot: pooltest.Snapshot()}, first{over: true, method: "GET", path: "/v1/models"}, "", 503, "rejected-no-endpoints", ""},
 		{"empty pool, Anthropic", kitOptions{snapshot: pooltest.Snapshot()}, first{path: "/v1/messages"}, chat, 503, "rejected-no-endpoints", `{"type":"error","error":{"type":"overloaded_error"`},
+		{"model missing, checked before the pool", kitOptions{snapshot: pooltest.Snapshot()}, first{}, `{"hello":"world"}`, 400, "malformed-body", "model is missing"},
 		{"not JSON", kitOptions{snapshot: full}, first{}, "no healthy upstream", 400, "malformed-body", "BadRequestError"},
 		{"JSON array", kitOptions{snapshot: full}, first{}, "[]", 400, "malformed-body", ""},
 		{"query does not hide the path", kitOptions{snapshot: full}, first{path: "/v1/chat/completions?a=b"}, "[]", 400, "malformed-body", ""},
@@ -187,11 +188,11 @@ func TestTransferFieldsAreStripped(t *testing.T) { // DESIGN.md 3.6: one of them
 	k := newKit(t, kitOptions{snapshot: three()})
 	for _, c := range []struct{ name, path, contentType, body, want string }{
 		{"top level", "/v1/chat/completions", "application/json", `{"model":"m","kv_transfer_params":{"do_remote_prefill":true},"messages":[]}`, `{"model":"m","messages":[]}`},
-		{"first", "/v1/completions", "application/json", `{"kv_transfer_params":{"do_remote_prefill":true},"prompt":"x"}`, `{"prompt":"x"}`},
-		{"last", "/v1/completions", "application/json", `{"prompt":"x","ec_transfer_params":1}`, `{"prompt":"x"}`},
-		{"escaped key", "/v1/completions", "application/json", `{"prompt":"x","\u006bv_transfer_params":{}}`, `{"prompt":"x"}`},
-		{"duplicates", "/v1/completions", "application/json", `{"kv_transfer_params":1,"prompt":"x","kv_transfer_params":2}`, `{"prompt":"x"}`},
-		{"bootstrap", "/v1/completions", "application/json", `{"bootstrap_host":"h","prompt":"x","bootstrap_room":1}`, `{"prompt":"x"}`},
+		{"first", "/v1/completions", "application/json", `{"kv_transfer_params":{"do_remote_prefill":true},"model":"m"}`, `{"model":"m"}`},
+		{"last", "/v1/completions", "application/json", `{"model":"m","ec_transfer_params":1}`, `{"model":"m"}`},
+		{"escaped key", "/v1/completions", "application/json", `{"model":"m","\u006bv_transfer_params":{}}`, `{"model":"m"}`},
+		{"duplicates", "/v1/completions", "application/json", `{"kv_transfer_params":1,"model":"m","kv_transfer_params":2}`, `{"model":"m"}`},
+		{"bootstrap", "/v1/completions", "application/json", `{"bootstrap_host":"h","model":"m","bootstrap_room":1}`, `{"model":"m"}`},
 		{"unknown path", "/v1/chat/completions/render", "application/json", `{"a":1,"kv_transfer_params":{}}`, `{"a":1}`},
 		{"unknown path, text", "/invented", "text/plain", `{"a":1,"kv_transfer_params":{}}`, `{"a":1}`},
 	} {
@@ -247,7 +248,7 @@ func TestBufferedMode(t *testing.T) {
 	k := newKit(t, kitOptions{snapshot: three()})
 	for _, c := range []struct{ name, body, want string }{
 		{"unchanged", chat, ""},
-		{"stripped", `{"prompt":"x","kv_transfer_params":{}}`, `{"prompt":"x"}`},
+		{"stripped", `{"model":"m","kv_transfer_params":{}}`, `{"model":"m"}`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			call := k.open()
@@ -264,7 +265,7 @@ func TestBufferedMode(t *testing.T) {
 			if p.replaced != (c.want != "") || string(p.body) != c.want {
 				t.Errorf("body %q, want %q", p.body, c.want)
 			}
-			if length := p.set["content-length"]; p.replaced && length != "14" {
+			if length := p.set["content-length"]; p.replaced && length != "13" {
 				t.Errorf("content-length %q, want the exact one", length)
 			}
 		})

@@ -178,5 +178,5 @@ func (a *assembly) bind(h *handler, b *built, profiles map[string]*profile) phas
 
 // builtin reports whether the configuration comes from no file.
 func (a *assembly) builtin() bool {
-	return !slices.ContainsFunc(a.config.Plugins, func(p config.Plugin) bool { return p.Line != 0 })
+	return !slices.ContainsFunc(a.config.SchedulingProfiles, func(p config.Profile) bool { return p.Line != 0 }) && len(a.config.SchedulingProfiles) > 0
 }
