@@ -27,6 +27,7 @@ func (s *scripted) Rank() int    { return 3 }
 
 // DecodeAfter is decodePick: before.
 func (s *scripted) DecodeAfter() bool { return false }
+
 func (s *scripted) Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error) {
 	return s.run(ctx, j)
 }

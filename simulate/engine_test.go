@@ -428,22 +428,41 @@ func TestRunPool(t *testing.T) {
 }
 
 func TestBadOptions(t *testing.T) {
-	for _, o := range []Options{
-		{Addr: "localhost"},
-		{BlockSize: -1},
-		{NumBlocks: 1},
-		{Scale: -1},
-		{LoadFailurePolicy: "x"},
-		{Generation: "x"},
-		{MaxNumSeqs: -1},
-		{Faults: Faults{Rules: []Fault{{Kind: "x"}}}},
-		{Faults: Faults{Metrics: "x"}},
-	} {
-		if _, err := New(o); err == nil {
-			t.Errorf("accepted: %+v", o)
+	f := func(o Options, want string) {
+		t.Helper()
+		if _, err := New(o); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: error %v, want one that says %q", o, err, want)
 		}
 	}
-	if _, err := NewPool(PoolOptions{}); err == nil {
-		t.Error("empty pool accepted")
+	f(Options{Addr: "localhost"}, `"localhost", must be ip:port`)
+	f(Options{BlockSize: -1}, "--block-size: -1, must be from 1")
+	f(Options{NumBlocks: 1}, "--num-blocks: 1, must be from 2")
+	f(Options{MaxNumSeqs: -1}, "--max-num-seqs: -1, must be from 1")
+	f(Options{MaxWaiting: -1}, "--max-waiting: -1, must be from 0")
+	f(Options{MaxModelLen: -1}, "--max-model-len: -1, must be from 0")
+	f(Options{MaxLoRAs: -1}, "MaxLoRAs: -1")
+	f(Options{TPSize: -1}, "TPSize: -1")
+	f(Options{MetricsPage: MetricsPage{Padding: -1}}, "MetricsPage.Padding: -1")
+	f(Options{Scale: -1}, "--scale: -1, must be above 0")
+	f(Options{LoadFailurePolicy: "x"}, `--kv-load-failure-policy: "x", must be fail or recompute`)
+	f(Options{Generation: "x"}, `--generation: "x", must be empty or old`)
+	f(Options{Faults: Faults{Rules: []Fault{{Kind: "x"}}}}, "x")
+	f(Options{Faults: Faults{Metrics: "x"}}, "x")
+}
+
+func TestBadPools(t *testing.T) {
+	f := func(o PoolOptions, want string) {
+		t.Helper()
+		if _, err := NewPool(o); err == nil || err.Error() != "simulated "+want {
+			t.Errorf("%+v: error %v, want %q", o, err, want)
+		}
 	}
+	f(PoolOptions{}, "pool: no engines: set --prefill, --decode, --both or --plain")
+	f(PoolOptions{Prefill: -1, Decode: 2}, "pool: --prefill: -1 engines, must be from 0 to 65535")
+	f(PoolOptions{Prefill: -1, Decode: 1}, "pool: --prefill: -1 engines, must be from 0 to 65535")
+	f(PoolOptions{Plain: 100_000}, "pool: --plain: 100000 engines, must be from 0 to 65535")
+	f(PoolOptions{Plain: 1, BasePort: -1}, "pool: --base-port: -1, must be 0 or leave 1 ports up to 65535")
+	f(PoolOptions{Plain: 3, BasePort: 65534}, "pool: --base-port: 65534, must be 0 or leave 3 ports up to 65535")
+	f(PoolOptions{Plain: 1, Host: "localhost"}, `pool: --host: "localhost", must be an IP address`)
+	f(PoolOptions{Plain: 3, Template: Options{BlockSize: -1}}, "model server: --block-size: -1, must be from 1 to 2147483647")
 }

@@ -115,31 +115,43 @@ func (o Options) withDefaults() (Options, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if err := o.check(); err != nil {
-		return o, fmt.Errorf("simulate options: %w", err)
+		return o, fmt.Errorf("simulated model server: %w", err)
 	}
 	orDefault(&o.MaxModelLen, min((o.NumBlocks-1)*o.BlockSize, maxDefaultLen))
 	return o, o.Faults.check()
 }
 
+// check names the flag of baton simulate where there is one, and the field where there is none.
 func (o Options) check() error {
 	var errs []error
 	if _, err := netip.ParseAddrPort(o.Addr); err != nil {
-		errs = append(errs, fmt.Errorf("option Addr: %w", err))
+		errs = append(errs, fmt.Errorf("address to listen on: %q, must be ip:port", o.Addr))
 	}
-	if o.BlockSize < 1 || o.NumBlocks < 2 || o.NumBlocks > math.MaxInt32 {
-		errs = append(errs, fmt.Errorf("options BlockSize %d, NumBlocks %d: must be at least 1 and 2", o.BlockSize, o.NumBlocks))
-	}
-	if o.MaxNumSeqs < 1 || o.MaxWaiting < 0 || o.MaxModelLen < 0 || o.TPSize < 1 {
-		errs = append(errs, errors.New("options MaxNumSeqs, MaxWaiting, MaxModelLen, TPSize: must not be negative"))
+	for _, n := range []struct {
+		name       string
+		value, low int
+	}{
+		{"--block-size", o.BlockSize, 1},
+		{"--num-blocks", o.NumBlocks, 2},
+		{"--max-num-seqs", o.MaxNumSeqs, 1},
+		{"--max-waiting", o.MaxWaiting, 0},
+		{"--max-model-len", o.MaxModelLen, 0},
+		{"TPSize", o.TPSize, 1},
+		{"MaxLoRAs", o.MaxLoRAs, 0},
+		{"MetricsPage.Padding", o.MetricsPage.Padding, 0},
+	} {
+		if n.value < n.low || n.value > math.MaxInt32 {
+			errs = append(errs, fmt.Errorf("%s: %d, must be from %d to %d", n.name, n.value, n.low, math.MaxInt32))
+		}
 	}
 	if !(o.Scale > 0) || math.IsInf(o.Scale, 0) {
-		errs = append(errs, fmt.Errorf("option Scale: %v, must be > 0", o.Scale))
+		errs = append(errs, fmt.Errorf("--scale: %v, must be above 0", o.Scale))
 	}
 	if o.LoadFailurePolicy != policyFail && o.LoadFailurePolicy != policyRecompute {
-		errs = append(errs, fmt.Errorf("option LoadFailurePolicy: %q, must be fail or recompute", o.LoadFailurePolicy))
+		errs = append(errs, fmt.Errorf("--kv-load-failure-policy: %q, must be fail or recompute", o.LoadFailurePolicy))
 	}
 	if o.Generation != "" && o.Generation != generationOld {
-		errs = append(errs, fmt.Errorf("option Generation: %q, must be empty or old", o.Generation))
+		errs = append(errs, fmt.Errorf("--generation: %q, must be empty or old", o.Generation))
 	}
 	return errors.Join(errs...)
 }

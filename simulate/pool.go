@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -40,13 +41,15 @@ type Pool struct {
 func NewPool(o PoolOptions) (*Pool, error) {
 	orDefault(&o.Host, "127.0.0.1")
 	orDefault(&o.Namespace, "default")
+	if err := o.check(); err != nil {
+		return nil, fmt.Errorf("simulated pool: %w", err)
+	}
 	p := &Pool{opts: o}
 	peers := NewRegistry()
 	groups := []struct {
 		name, role string
 		n          int
 	}{{"prefill", "prefill", o.Prefill}, {"decode", "decode", o.Decode}, {"both", "prefill-decode", o.Both}, {"engine", "", o.Plain}}
-	var errs []error
 	for _, g := range groups {
 		for i := range g.n {
 			one := o.Template
@@ -57,17 +60,41 @@ func NewPool(o PoolOptions) (*Pool, error) {
 			}
 			one.Addr = net.JoinHostPort(o.Host, strconv.Itoa(port))
 			e, err := New(one)
-			errs = append(errs, err)
+			if err != nil {
+				return nil, err // the others are like it
+			}
 			p.engines = append(p.engines, e)
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
-	}
-	if len(p.engines) == 0 {
-		return nil, errors.New("pool of no engines")
-	}
 	return p, nil
+}
+
+// maxEngines is how many engines one pool may have: each has a port.
+const maxEngines = 65535
+
+// check refuses what no pool can be made of; what is wrong with the engines themselves, [New] says.
+func (o PoolOptions) check() error {
+	var errs []error
+	total, low := 0, 0
+	for _, n := range []struct {
+		flag  string
+		value int
+	}{{"--prefill", o.Prefill}, {"--decode", o.Decode}, {"--both", o.Both}, {"--plain", o.Plain}} {
+		if n.value < 0 || n.value > maxEngines {
+			errs = append(errs, fmt.Errorf("%s: %d engines, must be from 0 to %d", n.flag, n.value, maxEngines))
+		}
+		total, low = total+n.value, min(low, n.value)
+	}
+	if total == 0 && low == 0 {
+		errs = append(errs, errors.New("no engines: set --prefill, --decode, --both or --plain"))
+	}
+	if o.BasePort < 0 || o.BasePort > 0 && o.BasePort+max(total, 1)-1 > 65535 {
+		errs = append(errs, fmt.Errorf("--base-port: %d, must be 0 or leave %d ports up to 65535", o.BasePort, max(total, 1)))
+	}
+	if _, err := netip.ParseAddr(o.Host); err != nil {
+		errs = append(errs, fmt.Errorf("--host: %q, must be an IP address", o.Host))
+	}
+	return errors.Join(errs...)
 }
 
 // Start starts every engine, or none.

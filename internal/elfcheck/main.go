@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Elfcheck exits with 1 when one of the named files is not a static executable: an image without a C library could not
 // start it. Only Linux has such files: elsewhere there is nothing to check.
 package main

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Testsummary reads the events of go test -json on standard input and writes what a person wants to see: one progress
 // line per package, the output of whatever failed, the reason of every skip, and a last line with the counts.
 //
