@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
@@ -47,8 +49,9 @@ type App struct {
 	registry     *prometheus.Registry
 	decisions    *ring // nil without --enable-debug
 	health       *health
-	heapFloor    []byte       // kept only to be kept
-	cert         *certificate // nil without TLS
+	tracing      *sdktrace.TracerProvider // nil when nothing is traced
+	heapFloor    []byte                   // kept only to be kept
+	cert         *certificate             // nil without TLS
 
 	endpoints       []endpoint // ext_proc: TCP first where there is one, then the socket
 	healthServer    *grpc.Server
@@ -120,10 +123,17 @@ func (a *App) buildRequestPath() error {
 		a.decisions = newRing()
 		record = a.decisions.put
 	}
+	var tracer trace.Tracer
+	if a.opts.Tracing {
+		if a.tracing, err = newTracing(); err != nil {
+			return err
+		}
+		tracer = a.tracing.Tracer("github.com/baton-epp/baton/director")
+	}
 	d, err := director.New(director.Options{
 		Scheduler: func() director.Scheduler { return a.scheduler }, Snapshot: a.store.Snapshot, Orchestrator: a.orchestrator,
 		Logger: a.opts.Logger, Registerer: a.registry, AllowUninspectedBodies: a.config.Limits.AllowUninspectedBodies, Record: record,
-		MetricsNames: a.opts.MetricsNames,
+		MetricsNames: a.opts.MetricsNames, Tracer: tracer,
 	})
 	if err != nil {
 		return err

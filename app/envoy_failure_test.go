@@ -75,22 +75,28 @@ func TestEnvoyAllPrefillersDown(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"quiet-override-host", "buffered-override-host"} {
 		t.Run(name, func(t *testing.T) {
-			s := newStack(t, stackOptions{envoy: name, config: "disaggregation: {breaker: {failures: 2, openFor: 200ms}}\n"})
+			s := newStack(t, stackOptions{envoy: name, config: "disaggregation: {breaker: {failures: 5, openFor: 200ms}}\n"})
+			s.setFaults("prefill", simulate.Fault{Kind: "reset_before_headers"})
+			for _, stream := range []string{"", `,"stream":true`} {
+				s.post("/v1/chat/completions", chatBody(100, stream)).whole(t, "fallback-reset")
+			}
 			for _, e := range s.engines("prefill") {
 				e.Kill()
 			}
 			for _, stream := range []string{"", `,"stream":true`} {
 				r := s.post("/v1/chat/completions", chatBody(100, stream))
-				if outcome := r.header.Get("x-baton-outcome"); outcome != "fallback-refused" && outcome != "fallback-no_prefiller" { // the second once scrapes have noticed
+				outcome := r.header.Get("x-baton-outcome")
+				if !strings.HasPrefix(outcome, "fallback-") && outcome != "aggregated" { // the second once scrapes have noticed
 					t.Errorf("outcome %q", outcome)
 				}
-				r.whole(t, r.header.Get("x-baton-outcome"))
+				r.whole(t, outcome)
 			}
 			for _, b := range s.bodies("decode") {
 				if b.Phase != "plain" || strings.Contains(string(b.Body), "kv_transfer_params") || b.Header.Get("X-Prefiller-Host-Port") != "" {
 					t.Errorf("an aggregated request carries %s, %v", b.Phase, b.Header)
 				}
 			}
+			s.setFaults("prefill")
 			for _, e := range s.engines("prefill") {
 				if err := e.Restart(); err != nil {
 					t.Fatal(err)

@@ -123,12 +123,8 @@ func (a *App) metricsHandler() http.Handler {
 // Run serves until ctx ends, then drains: NOT_SERVING, a while later GOAWAY, and after the drain time whatever is left is
 // cut (DESIGN.md 5.3). It returns when every goroutine has ended.
 func (a *App) Run(ctx context.Context) error {
-	if a.opts.Tracing {
-		stop, err := startTracing(ctx)
-		if err != nil {
-			return err
-		}
-		defer a.stopTracing(ctx, stop)
+	if a.tracing != nil {
+		defer a.stopTracing(ctx)
 	}
 	// What serves must outlive the signal: it is the drain that ends it.
 	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
@@ -152,11 +148,11 @@ func (a *App) Run(ctx context.Context) error {
 	return err
 }
 
-func (a *App) stopTracing(ctx context.Context, stop func(context.Context) error) {
+func (a *App) stopTracing(ctx context.Context) {
 	// The process is ending: the last spans get their own short time.
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	if err := stop(last); err != nil {
+	if err := a.tracing.Shutdown(last); err != nil {
 		a.log.Warn("last spans not delivered", slog.Any("err", err))
 	}
 }

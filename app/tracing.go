@@ -9,9 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
-	"go.opentelemetry.io/otel/propagation"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
@@ -28,14 +26,12 @@ func TracingConfigured() bool {
 	return false
 }
 
-// startTracing sends spans by OTLP over gRPC, as the OTEL_ variables say; the returned function flushes and stops it.
-func startTracing(ctx context.Context) (stop func(context.Context) error, err error) {
-	exporter, err := otlptracegrpc.New(ctx)
-	if err != nil {
+// newTracing sends spans by OTLP over gRPC, where and how often the OTEL_ variables say. It connects when the first span
+// is due; Shutdown flushes and ends it.
+func newTracing() (*sdktrace.TracerProvider, error) {
+	exporter := otlptracegrpc.NewUnstarted()
+	if err := exporter.Start(context.Background()); err != nil {
 		return nil, fmt.Errorf("tracing: %w", err)
 	}
-	provider := sdktrace.NewTracerProvider(sdktrace.WithBatcher(exporter, sdktrace.WithExportTimeout(5*time.Second)))
-	otel.SetTracerProvider(provider)
-	otel.SetTextMapPropagator(propagation.TraceContext{})
-	return provider.Shutdown, nil
+	return sdktrace.NewTracerProvider(sdktrace.WithBatcher(exporter, sdktrace.WithExportTimeout(5*time.Second))), nil
 }

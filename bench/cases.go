@@ -220,7 +220,7 @@ func (s *suite) load(ctx context.Context, spec loadSpec, on *server) (*loadResul
 	}
 	defer client.stop()
 	var result loadResult
-	limit := spec.Warmup + spec.Duration + settleAfter + startLimit
+	limit := spec.Warmup + spec.Duration + longestWait + settleAfter + startLimit
 	if err := client.read(ctx, limit, &result); err != nil {
 		return nil, err
 	}

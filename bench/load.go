@@ -87,6 +87,8 @@ const (
 	maxMessage   = 65 << 20
 	errorPause   = 10 * time.Millisecond // so that a dead server is not hammered
 	settleAfter  = 20 * time.Second      // for requests under way when a round ends
+	longestWait  = 60 * time.Second      // for the first request to end, behind a measured part that saw none
+	waitStep     = 10 * time.Millisecond // between two looks
 	latencyGuess = 1 << 14
 )
 
@@ -189,7 +191,14 @@ func (c *client) failed(err error) {
 	}
 }
 
-// measure waits out the warm-up, then reads clock, counter and CPU time at both ends of the measured part.
+func (c *client) anyFailed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.errors > 0
+}
+
+// measure waits out the warm-up, then reads clock, counter and CPU time at both ends of the measured part. That part
+// goes on until a request ended, well or not: on a slow machine the duration asked for may be too short for one.
 func (c *client) measure(ctx context.Context) (*loadResult, error) {
 	if !wait(ctx, c.spec.Warmup) {
 		return nil, context.Cause(ctx)
@@ -200,8 +209,13 @@ func (c *client) measure(ctx context.Context) (*loadResult, error) {
 	}
 	began := time.Now()
 	c.measuring.Store(true)
-	if !wait(ctx, c.spec.Duration) {
-		return nil, context.Cause(ctx)
+	for d := c.spec.Duration; ; d = waitStep {
+		if !wait(ctx, d) {
+			return nil, context.Cause(ctx)
+		}
+		if c.requests.Load() > 0 || c.anyFailed() || time.Since(began) > c.spec.Duration+longestWait {
+			break
+		}
 	}
 	c.measuring.Store(false)
 	r := &loadResult{Requests: int(c.requests.Load()), Elapsed: time.Since(began)}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
@@ -53,6 +54,8 @@ type Options struct {
 	AllowUninspectedBodies bool
 	// MetricsNames chooses the names of the request metrics: llm-d (default) or gie.
 	MetricsNames string
+	// Tracer makes a span for each request; nil when nothing is traced.
+	Tracer trace.Tracer
 	// Record is told every finished request, for /debug/decisions; nil when nobody asks.
 	Record func(*Record)
 }

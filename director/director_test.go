@@ -13,6 +13,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/filters"
@@ -33,12 +36,14 @@ type scripted struct {
 	during    func(j *sidecar.Job)
 	forwarded []string
 	abandoned []string
+	traced    trace.SpanContext
 }
 
 func (s *scripted) Mode() string      { return "orchestrate" }
 func (s *scripted) Rank() int         { return 3 }
 func (s *scripted) DecodeAfter() bool { return s.after }
-func (s *scripted) Run(_ context.Context, j *sidecar.Job) (*sidecar.Outcome, error) {
+func (s *scripted) Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error) {
+	s.traced = trace.SpanContextFromContext(ctx)
 	j.PrefillLoad.Release()
 	if s.during != nil {
 		s.during(j)
@@ -290,6 +295,36 @@ func TestPredictedDecode(t *testing.T) {
 	d.learn(&Exchange{firstByte: now.Add(-time.Second), usage: inference.Usage{Seen: true, CompletionTokens: 100}}, now)
 	if got := d.predictedDecode(&inference.Request{MaxTokens: 300}).Round(time.Millisecond); got != 3*time.Second {
 		t.Errorf("300 tokens at 10 ms: %v", got)
+	}
+}
+
+func TestRequestSpan(t *testing.T) {
+	recorder := tracetest.NewSpanRecorder()
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
+	o := &scripted{}
+	b := newBench(t, o)
+	b.d.opts.Tracer = provider.Tracer("test")
+	o.outcome = prefilled(b)
+	var body inference.Body
+	body.Append([]byte(`{"model":"m","prompt":"x"}`))
+	x, err := b.d.Begin(&Incoming{Headers: inference.Headers{
+		{Name: ":path", Value: "/v1/completions"},
+		{Name: ":method", Value: "POST"},
+		{Name: "traceparent", Value: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
+	}, Body: body, HasBody: true, Start: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := x.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	x.Done(EndSeen)
+	spans := recorder.Ended()
+	if len(spans) != 1 || spans[0].Name() != spanName || spans[0].Parent().SpanID().String() != "b7ad6b7169203331" {
+		t.Errorf("spans %+v", spans)
+	}
+	if o.traced.TraceID().String() != "0af7651916cd43dd8448eb211c80319c" {
+		t.Errorf("the orchestrator ran in trace %s", o.traced.TraceID())
 	}
 }
 

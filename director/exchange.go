@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
@@ -52,6 +54,7 @@ type Exchange struct {
 	served               string
 	usage                inference.Usage
 	answered, done       bool
+	span                 trace.Span // nil without a tracer
 }
 
 // Orchestrates reports whether sub-requests may run before the answer, so that the gateway must be asked for time.
@@ -61,6 +64,7 @@ func (x *Exchange) Orchestrates() bool {
 
 // Run runs the phases before decode and makes the answer. It blocks until then; ctx is the stream's.
 func (x *Exchange) Run(ctx context.Context) (*Answer, error) {
+	ctx = x.startSpan(ctx)
 	x.job = sidecar.Job{
 		Request: x.req, Decision: x.decision, Decode: x.decode, Body: x.edits, PrefillLoad: x.prefillLoad, Start: x.start,
 	}
@@ -244,6 +248,7 @@ func (x *Exchange) Done(end End) {
 		x.director.learn(x, now)
 	}
 	x.director.metrics.ended(x, now)
+	x.endSpan()
 	if x.director.opts.Record != nil {
 		x.director.opts.Record(newRecord(x, now))
 	}

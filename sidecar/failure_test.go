@@ -3,16 +3,19 @@
 package sidecar
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
+	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/simulate"
 )
 
@@ -299,6 +302,107 @@ func TestNoPrefillerUsable(t *testing.T) {
 	f("other wire", func(r *rig, p *pool.Endpoint) {
 		p.Engine = "other"
 		r.settings.Load().wires["other"] = wire{}
+	})
+}
+
+// TestNobodyRanked: the decider wanted a prefill and the scheduler found nobody for it, which is the same to the client
+// as a ranked list that is used up.
+func TestNobodyRanked(t *testing.T) {
+	f := func(mode, onFailure string, wanted bool, want string) {
+		t.Helper()
+		r := newRig(t, func(c *config.Disaggregation) { c.Mode, c.OnFailure = mode, onFailure })
+		for _, d := range []*pool.Endpoint{r.add("d", "decode", "10.9.9.9:8000"), nil} {
+			j := r.job(inference.Completions, clientBody, d)
+			j.Decision.Phase(scheduler.PhasePrefill).Wanted = wanted
+			out, err := r.Run(t.Context(), j)
+			r.idle()
+			if want == "" {
+				if e, ok := errors.AsType[*PhaseError](err); !ok || e.Reason != reasonNoPrefiller {
+					t.Errorf("%s %s: %+v, %v", mode, onFailure, out, err)
+				}
+			} else if err != nil || out.Name != want || decodeBody(j) != clientBody {
+				t.Errorf("%s %s: %+v, %v", mode, onFailure, out, err)
+			}
+		}
+		r.want(map[bool]float64{true: 2}[want == "fallback-no_prefiller"], "fallbacks_total", "no_prefiller")
+	}
+	for _, mode := range []string{"auto", "orchestrate", "headers"} {
+		f(mode, "aggregate", true, "fallback-no_prefiller")
+		f(mode, "fail", true, "")
+		f(mode, "fail", false, "aggregated")
+	}
+	f("off", "aggregate", true, "aggregated")
+	f("off", "fail", true, "aggregated")
+}
+
+// TestOutcomeBesideError: what was tried is told, too, when nothing may be forwarded.
+func TestOutcomeBesideError(t *testing.T) {
+	f := func(name string, change func(*config.Disaggregation), leaves bool, handler http.HandlerFunc, want error, reason string) {
+		t.Helper()
+		r := newRig(t, change)
+		ctx, gone := contextGone(t)
+		defer gone()
+		p := r.server("p", func(w http.ResponseWriter, req *http.Request) {
+			if leaves {
+				gone()
+			}
+			handler(w, req)
+		})
+		out, err := r.Run(ctx, r.job(inference.Completions, clientBody, r.add("d", "decode", "10.9.9.9:8000"), p))
+		if _, failed := errors.AsType[*PhaseError](err); want == nil && !failed || want != nil && !errors.Is(err, want) {
+			t.Errorf("%s: error %v", name, err)
+		}
+		if out == nil || out.Name != "" || reasons(out) != reason || out.Checkpoint != PrefillSelected || out.HasHandle || out.Headers != nil {
+			t.Errorf("%s: %+v", name, out)
+		}
+		r.idle()
+	}
+	f("502", func(c *config.Disaggregation) { c.OnFailure = "fail" }, false, status(503), nil, "status_5xx")
+	f("504", func(c *config.Disaggregation) { c.Budget = 100 * time.Millisecond }, false, hang, ErrBudgetSpent, "budget")
+	f("client gone", nil, true, hang, context.Canceled, "canceled")
+}
+
+// TestPermitsTakenLast: an endpoint that is skipped for another reason keeps the permit of its half-open breaker and the
+// probe of its probation.
+func TestPermitsTakenLast(t *testing.T) {
+	f := func(name string, prepare func(r *rig, sick, d *pool.Endpoint) (decode *pool.Endpoint)) {
+		t.Helper()
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, func(c *config.Disaggregation) {
+					if name == "no retry left" {
+						c.RetryBudget = config.RetryBudget{}
+					}
+				})
+				net := r.bubble()
+				bad := net.server("bad", status(500))
+				sick := net.server("sick", func(http.ResponseWriter, *http.Request) { t.Error("asked") })
+				for range max(5, pool.EjectAfter) {
+					r.peers.note(sick, false)
+					sick.Health.Fail(time.Now())
+				}
+				time.Sleep(pool.EjectFor + time.Second) // breaker half open, health on probation
+				decode := prepare(r, sick, r.add("d", "decode", "10.9.9.9:8000"))
+				out := r.run(r.job(inference.Completions, clientBody, decode, bad, sick))
+				if len(out.Attempts) != 1 {
+					t.Fatalf("%s after %s", out.Name, reasons(out))
+				}
+				if s := sick.Health.Standing(time.Now()); s != pool.Probation {
+					t.Errorf("the probe is spent: %v", s)
+				}
+				if !r.peers.allow(sick, nil, time.Now()) {
+					t.Error("the permit is spent")
+				}
+			})
+		})
+	}
+	f("it decodes", func(_ *rig, sick, _ *pool.Endpoint) *pool.Endpoint { return sick })
+	f("no retry left", func(_ *rig, _, d *pool.Endpoint) *pool.Endpoint { return d })
+	f("pair is open", func(r *rig, sick, d *pool.Endpoint) *pool.Endpoint {
+		for range 5 {
+			r.peers.notePair(sick, d, false)
+		}
+		return d
 	})
 }
 

@@ -176,6 +176,30 @@ func TestAbandon(t *testing.T) {
 	r.want(0, "leaked_prefill_total")
 }
 
+// TestAbandonAfterForward: two things that happen to a forwarded request leave the prefill to nobody; a handle leaves
+// once, so nothing is reclaimed.
+func TestAbandonAfterForward(t *testing.T) {
+	f := func(reason string, leaks float64) {
+		t.Helper()
+		r, j, out := prefilled(t, func(c *config.Disaggregation) { c.Reclaim = true })
+		r.Forward(t.Context(), j, out, j.Decode)
+		j.Body = nil // the director has dropped it by then
+		r.Abandon(t.Context(), j, out, reason)
+		r.Abandon(t.Context(), j, out, reason)
+		r.want(leaks, "leaked_prefill_total", reason)
+		r.want(leaks, "leaked_prefill_total")
+		r.want(leaks*77, "leaked_prefill_tokens_total")
+		r.want(0, "reclaims_total")
+		r.Transferred(t.Context(), out, j.Decode, true) // says nothing about a handle that nobody read
+		r.want(1-leaks, "checkpoints_total", "TRANSFER_COMPLETE")
+	}
+	f("refused", 1)
+	f("not_sent", 1)
+	f("client_gone", 0) // the decode server has it: the engines settle that
+	f("no_decode", 0)
+	f("whatever", 0)
+}
+
 // TestReclaim frees the blocks of a lost prefill on real wire, though the client's context is gone; without it they
 // stay pinned until the lease ends.
 func TestReclaim(t *testing.T) {
@@ -283,7 +307,7 @@ func TestNewRefuses(t *testing.T) {
 	c := config.Default().Disaggregation
 	c.Mode = "sometimes"
 	c.KVConnector = map[string]string{"": "mooncake"}
-	c.ECConnector = "ec-nixl"
+	c.ECConnector = "ec-nixl" // accepted: package config warns that it has no effect
 	c.Transport.ForwardHeaders = []string{"authorization", "Host", "x-baton-depth"}
 	c.Transport.CACertPath = "/does/not/exist"
 	_, err := New(Options{Config: c})
@@ -292,12 +316,15 @@ func TestNewRefuses(t *testing.T) {
 	}
 	for _, want := range []string{
 		"Snapshot is required", `disaggregation.mode: "sometimes"`, `disaggregation.kvConnector: "mooncake" is known, not built yet (built: nixlv2)`,
-		`disaggregation.ecConnector: "ec-nixl" is known, not built yet`, "forwardHeaders[1]: host", "forwardHeaders[2]: x-baton-depth",
+		"forwardHeaders[1]: host", "forwardHeaders[2]: x-baton-depth",
 		"disaggregation.transport: caCertPath",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in:\n%v", want, err)
 		}
+	}
+	if strings.Contains(err.Error(), "ecConnector") {
+		t.Errorf("ecConnector is refused:\n%v", err)
 	}
 	c = config.Default().Disaggregation
 	reg := prometheus.NewRegistry()

@@ -59,10 +59,6 @@ func newSettings(c *config.Disaggregation, permitted func(netip.AddrPort) bool, 
 		}
 		s.wires[engine] = wire{connector, traits}
 	}
-	if c.ECConnector != "" {
-		_, _, err := connectors.Lookup(c.ECConnector)
-		errs = append(errs, fmt.Errorf("disaggregation.ecConnector: %w", err))
-	}
 	for i, name := range c.Transport.ForwardHeaders {
 		name = strings.ToLower(name)
 		if ours(name) {

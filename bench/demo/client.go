@@ -27,6 +27,7 @@ type result struct {
 	PromptTokens     int
 	CompletionTokens int
 	Err              error // nil when the answer came whole
+	Stopped          bool  // the demo ended before the answer did: neither answered nor failed
 }
 
 // A client sends chat requests to one address.

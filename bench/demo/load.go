@@ -12,7 +12,8 @@ import (
 const settle = 30 * time.Second
 
 // replay sends the requests at their times until sending ends or next has no more, then waits for those under way, until
-// ctx ends and for a bounded time. It calls sent and done from several goroutines.
+// ctx ends and for a bounded time. What runs when ctx ends is stopped, not failed. It calls sent and done from several
+// goroutines.
 func replay(ctx, sending context.Context, c *client, next func() (chat, bool), sent func(chat), done func(result)) {
 	running, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -24,7 +25,11 @@ func replay(ctx, sending context.Context, c *client, next func() (chat, bool), s
 			break
 		}
 		sent(r)
-		all.Go(func() { done(c.stream(running, r)) })
+		all.Go(func() {
+			got := c.stream(running, r)
+			got.Stopped = got.Err != nil && ctx.Err() != nil
+			done(got)
+		})
 	}
 	late := time.AfterFunc(settle, cancel)
 	defer late.Stop()

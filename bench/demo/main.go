@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -144,7 +145,8 @@ func (d *demo) send(ctx context.Context, t *tally) snapshot {
 	var all sync.WaitGroup
 	all.Go(func() { w.decisions(watching, t.decide) })
 	all.Go(func() { w.endpoints(watching, t.pool) })
-	all.Go(func() { show(watching, d.out, d.title(), t) })
+	d.say("Sending requests. To try it by hand, in another terminal:\n\n%s\n", strings.Join(d.try(), "\n"))
+	all.Go(func() { show(watching, d.out, frame{Title: d.title(), Try: d.try()}, t) })
 
 	sending, stopSending := ctx, context.CancelFunc(func() {})
 	if d.stack.o.For > 0 {
@@ -170,13 +172,20 @@ func (d *demo) title() string {
 	return fmt.Sprintf("Baton demo: Envoy on port %d, Baton, %d %s", d.stack.o.port(listenPort), len(d.stack.engines), servers)
 }
 
+// try is a request to send by hand, in lines that fit into 79 columns and are good to paste.
+func (d *demo) try() []string {
+	return []string{
+		fmt.Sprintf(`curl %s/v1/chat/completions -H content-type:application/json -d \`, loopback(d.stack.o.port(listenPort))),
+		fmt.Sprintf(`'{"model":%q,"max_tokens":20,"messages":[{"role":"user","content":"Hi"}]}'`, d.stack.o.model()),
+	}
+}
+
 // linger tells how to try requests by hand and shows them, until ctx ends.
 func (d *demo) linger(ctx context.Context) {
 	fmt.Fprint(d.out, d.summary)
 	d.say("\nAll of it is still running. Try it by hand, for example:\n")
-	d.say(`  curl -s %s -H 'Content-Type: application/json' \`, d.stack.envoyURL("/v1/chat/completions"))
-	d.say(`    -d '{"model": "%s", "max_tokens": 20, "messages": [{"role": "user", "content": "Hello"}]}'`, d.stack.o.model())
-	d.say(`  curl -s '%s/debug/decisions?n=1'`, d.stack.debugURL())
+	d.say("%s\n\nAnd why it went where it went:\n", strings.Join(d.try(), "\n"))
+	d.say(`curl '%s/debug/decisions?n=1'`, d.stack.debugURL())
 	d.say("\nCtrl-C ends it. Your requests:")
 	w := watcher{http: d.stack.http, base: d.stack.debugURL()}
 	w.decisions(ctx, func(seen decision) { d.say("  %s", line(row{ID: seen.RequestID, Decision: seen})) })
@@ -205,7 +214,8 @@ func (d *demo) report(err error, left []string, complaints io.Writer) int {
 	sum := d.summary
 	sum.left = left
 	if d.cut {
-		d.say("\nEnded early: %d requests sent, %d answered. Everything is stopped.", sum.snapshot.Totals.Sent, sum.snapshot.Totals.Answered)
+		t := sum.snapshot.Totals
+		d.say("\nEnded early: %d requests sent, %d answered, %d failed, %d stopped under way. Everything is stopped.", t.Sent, t.Answered, t.Failed, t.Stopped)
 		if d.stack.o.For > 0 || len(left) > 0 {
 			return exitInterrupted
 		}

@@ -34,7 +34,7 @@ func (s *summary) problems() []string {
 	}
 	say(t.Answered+t.Failed == 0, "no request was answered")
 	say(t.Failed > 0, "%d requests failed, the first one %s", t.Failed, t.FirstError)
-	say(t.Sent > t.Answered+t.Failed, "%d requests were never answered", t.Sent-t.Answered-t.Failed)
+	say(t.Sent > t.Answered+t.Failed+t.Stopped, "%d requests were never answered", t.Sent-t.Answered-t.Failed-t.Stopped)
 	say(100*t.Disaggregated < minDisaggregated*t.Answered, "only %s of the requests were disaggregated, %d%% at least are expected",
 		percent(t.Disaggregated, t.Answered), minDisaggregated)
 	say(t.Disaggregated > 0 && (s.ledger.Pulls == 0 || s.ledger.PulledTokens == 0), "no KV blocks moved between the model servers")

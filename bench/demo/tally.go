@@ -40,6 +40,7 @@ type tally struct {
 // totals are counts since the start.
 type totals struct {
 	Sent, Answered, Failed int
+	Stopped                int // under way when the demo was ended
 	Disaggregated          int // as the client was told
 	Fallbacks              int // requests that were to be disaggregated and were not
 	Decisions              int
@@ -64,6 +65,10 @@ func (t *tally) done(r result) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.rowLocked(r.ID).Result = r
+	if r.Stopped {
+		t.sum.Stopped++
+		return
+	}
 	if r.Err != nil {
 		t.sum.Failed++
 		if t.sum.FirstError == "" {

@@ -39,14 +39,14 @@ func asciiOnly() bool {
 }
 
 // show draws t until ctx ends: in place on a terminal, as lines elsewhere.
-func show(ctx context.Context, out *os.File, title string, t *tally) {
+func show(ctx context.Context, out *os.File, f frame, t *tally) {
 	if _, _, ok := terminalSize(out); !ok {
 		showLines(ctx, out, t)
 		return
 	}
 	fmt.Fprint(out, enterScreen)
 	defer fmt.Fprint(out, leaveScreen)
-	f := frame{Title: title, ASCII: asciiOnly()}
+	f.ASCII = asciiOnly()
 	for {
 		f.Width, f.Height, _ = terminalSize(out)
 		fmt.Fprint(out, "\x1b[H"+strings.Join(f.lines(t.snapshot()), "\x1b[K\n")+"\x1b[J")
@@ -105,6 +105,9 @@ func line(r row) string {
 			who = shortName(p) + " -> " + who
 		}
 		fmt.Fprintf(&b, "%6s tokens  %-22s  ", number(d.PromptTokens), who)
+	}
+	if r.Result.Stopped {
+		return b.String() + "stopped"
 	}
 	if r.Result.Err != nil {
 		return b.String() + "FAILED: " + clip(r.Result.Err.Error(), 300)

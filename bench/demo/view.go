@@ -13,10 +13,11 @@ import (
 
 // A frame is what the terminal shows at one moment.
 type frame struct {
-	Title  string // of the whole
-	Width  int    // columns, 80 at least
-	Height int    // lines, 24 at least
-	ASCII  bool   // the terminal shows nothing else
+	Title  string   // of the whole
+	Try    []string // lines of a command to try by hand, at most 79 columns each
+	Width  int      // columns, 80 at least
+	Height int      // lines, 24 at least
+	ASCII  bool     // the terminal shows nothing else
 }
 
 const (
@@ -97,6 +98,9 @@ func (f frame) request(r row) string {
 			prefill = shortName(p)
 		}
 	}
+	if r.Result.Stopped {
+		return f.requestLine(r.ID, tokens, prefill, decode, "stopped", why)
+	}
 	if r.Result.Err != nil {
 		return f.styled(red, f.requestLine(r.ID, tokens, prefill, decode, "failed", r.Result.Err.Error()))
 	}
@@ -121,7 +125,14 @@ func (f frame) foot(s snapshot) []string {
 		counts = f.styled(red, counts)
 	}
 	first := fmt.Sprintf("first token: median %s, 95%% below %s", milliseconds(s.Median), milliseconds(s.P95))
-	return []string{"", counts, f.sides(first, "Ctrl-C ends")}
+	out := []string{"", counts, f.sides(first, "Ctrl-C ends")}
+	if len(f.Try) > 0 {
+		out = append(out, f.styled(dim, "By hand, in another terminal:"))
+		for _, l := range f.Try {
+			out = append(out, f.cut(l))
+		}
+	}
+	return out
 }
 
 // sides puts two texts at both ends of a line.

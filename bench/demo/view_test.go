@@ -3,12 +3,17 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -39,11 +44,16 @@ func testSnapshot() snapshot {
 			d.Outcome, d.Reasons = outcomeAggregated, map[string]string{phasePrefill: "short prompt"}
 		case 27:
 			d.Outcome = "fallback-prefill-failed"
+		case 24:
+			d = fewLeft(id)
 		}
 		t.decide(d)
 		r := result{ID: id, FirstToken: time.Duration(i) * 10 * time.Millisecond, Outcome: d.Outcome}
 		if i == 26 {
 			r.Err = errors.New("status 503: {\"error\": {\"message\":\n\"\x1b[31mno endpoint\"}}")
+		}
+		if i == 23 {
+			r = result{ID: id, Err: errors.New("context canceled"), Stopped: true}
 		}
 		if i != 25 {
 			t.done(r)
@@ -56,9 +66,10 @@ func testSnapshot() snapshot {
 
 // TestView compares frames with golden files, and checks that none is larger than the terminal.
 func TestView(t *testing.T) {
+	try := (&demo{stack: stack{o: options{PortBase: 65000}}}).try()
 	for _, f := range []frame{
-		{Title: "Baton demo", Width: 80, Height: 24},
-		{Title: "Baton demo", Width: 132, Height: 40},
+		{Title: "Baton demo", Try: try, Width: 80, Height: 24},
+		{Title: "Baton demo", Try: try, Width: 132, Height: 40},
 		{Title: "Baton demo", Width: 20, Height: 5, ASCII: true}, // too small: drawn for 80 x 24
 	} {
 		lines := f.lines(testSnapshot())
@@ -66,7 +77,7 @@ func TestView(t *testing.T) {
 			t.Errorf("%dx%d: %d lines", f.Width, f.Height, len(lines))
 		}
 		for _, l := range lines {
-			if n := width(l); n > max(f.Width, minWidth) {
+			if n := width(l); n > max(f.Width, minWidth) || slices.Contains(try, l) && n >= minWidth {
 				t.Errorf("%dx%d: a line has %d columns: %q", f.Width, f.Height, n, l)
 			}
 			if bare := strings.NewReplacer(bold, "", dim, "", red, "", plain, "").Replace(l); strings.ContainsAny(bare, "\x1b\n") || !utf8.ValidString(bare) {
@@ -87,6 +98,49 @@ func TestView(t *testing.T) {
 		if got != string(want) {
 			t.Errorf("%s differs: run go test ./bench/demo -update and look\n%s", file, got)
 		}
+	}
+}
+
+// fewLeft is a decision for no prefill: of 1,000 tokens the decode endpoint holds 8 blocks of 64.
+func fewLeft(id string) decision {
+	var d decision
+	text := fmt.Sprintf(`{"request_id":%q,"prompt_tokens":1000,"prompt_blocks":16,"outcome":"aggregated","picks":{"decode":"default/decode-1"},
+		"reasons":{"prefill":"prompt cached on the decode endpoint"},
+		"profiles":[{"phase":"decode","endpoints":[{"endpoint":"default/decode-1","matched_blocks":8}]}]}`, id)
+	if err := json.Unmarshal([]byte(text), &d); err != nil {
+		panic(err)
+	}
+	return d
+}
+
+// TestStopped checks that requests under way when the user ends the demo are not told as failures.
+func TestStopped(t *testing.T) {
+	entered := make(chan struct{})
+	s := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		close(entered)
+		<-r.Context().Done()
+	}))
+	defer s.Close()
+	c := &client{http: newHTTPClient(), base: s.URL}
+	defer c.http.CloseIdleConnections()
+	ctx, end := context.WithCancel(t.Context())
+	seen := newTally()
+	one := []chat{{ID: "demo-0001"}}
+	go func() { <-entered; end() }()
+	replay(ctx, ctx, c, func() (chat, bool) {
+		if len(one) == 0 {
+			return chat{}, false
+		}
+		r := one[0]
+		one = nil
+		return r, true
+	}, seen.sent, seen.done)
+	got := seen.snapshot()
+	if want := (totals{Sent: 1, Stopped: 1}); got.Totals != want {
+		t.Errorf("totals %+v, want %+v", got.Totals, want)
+	}
+	if l := line(got.Rows[0]); !strings.HasSuffix(l, "stopped") {
+		t.Errorf("line %q", l)
 	}
 }
 

@@ -79,11 +79,33 @@ func (d *decision) computing() (phase, endpoint string) {
 	return phaseDecode, d.Picks[phaseDecode]
 }
 
+// Reasons of Baton's deciders that the view puts in words of its own.
+const (
+	reasonUncached = "uncached prompt"
+	reasonCached   = "prompt cached on the decode endpoint"
+)
+
+// toCompute is how many tokens of the prompt the decode endpoint was not known to hold: what the decider compares with
+// its threshold. Only the last block may be partial, so the size of a block, a multiple of 16, is the mean rounded up.
+func (d *decision) toCompute() int {
+	if d.PromptBlocks == 0 {
+		return d.PromptTokens
+	}
+	mean := (d.PromptTokens + d.PromptBlocks - 1) / d.PromptBlocks
+	size := (mean + 15) / 16 * 16
+	return max(0, d.PromptTokens-d.matched(phaseDecode, d.Picks[phaseDecode])*size)
+}
+
 // why is the reason in a few words, with the share of the prompt that was cached where it was computed.
 func (d *decision) why() string {
 	why := d.Reasons[phasePrefill]
-	if d.Outcome != outcomeDisaggregated && d.Outcome != outcomeAggregated && d.Outcome != "" {
+	switch {
+	case d.Outcome != outcomeDisaggregated && d.Outcome != outcomeAggregated && d.Outcome != "":
 		why = d.Outcome
+	case why == reasonCached: // of a part of it: the rest is below the threshold
+		return "only " + number(d.toCompute()) + " tokens to compute"
+	case why == reasonUncached:
+		why = "much to compute"
 	}
 	if matched := d.matched(d.computing()); matched > 0 {
 		why += ", " + percent(matched, d.PromptBlocks) + " cached"
