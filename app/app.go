@@ -8,6 +8,7 @@ package app
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,7 +20,6 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/baton-epp/baton/admission"
@@ -166,24 +166,25 @@ func (a *App) buildServers() error {
 	return err
 }
 
-// newServer makes a gRPC server for one listener; a Unix socket has no TLS.
-func (a *App) newServer(plain bool) (*grpc.Server, error) {
-	options := a.server.ServerOptions(a.opts.MaxRecvMsgSize, a.opts.MaxSendMsgSize)
-	if a.cert != nil && !plain {
-		minVersion, err := tlsMinVersion(a.opts.TLSMinVersion)
-		if err != nil {
-			return nil, err
-		}
-		suites, err := tlsSuites(a.opts.TLSCipherSuites)
-		if err != nil {
-			return nil, err
-		}
-		options = append(options, grpc.Creds(credentials.NewTLS(a.cert.config(minVersion, suites))))
+// tlsConfig is the TLS configuration of the ext_proc port.
+func (a *App) tlsConfig() (*tls.Config, error) {
+	minVersion, err := tlsMinVersion(a.opts.TLSMinVersion)
+	if err != nil {
+		return nil, err
 	}
-	g := grpc.NewServer(options...)
+	suites, err := tlsSuites(a.opts.TLSCipherSuites)
+	if err != nil {
+		return nil, err
+	}
+	return a.cert.config(minVersion, suites), nil
+}
+
+// newServer makes the gRPC server of one listener.
+func (a *App) newServer() *grpc.Server {
+	g := grpc.NewServer(a.server.ServerOptions(a.opts.MaxRecvMsgSize, a.opts.MaxSendMsgSize)...)
 	a.server.Register(g)
 	healthv1.RegisterHealthServer(g, a.health)
-	return g, nil
+	return g
 }
 
 // Snapshot is the pool now.

@@ -15,6 +15,14 @@ import (
 	"github.com/baton-epp/baton/simulate"
 )
 
+// discoveryOnly is a configuration that says where endpoints are and nothing else: llm-d's default profile, too.
+const discoveryOnly = `apiVersion: llm-d.ai/v1alpha1
+kind: EndpointPickerConfig
+plugins:
+- {type: file-discovery, parameters: {path: endpoints.yaml, watchFile: true}}
+dataLayer: {discovery: {pluginRef: file-discovery}}
+`
+
 // byDefault is a picker without a configuration file, only told where the endpoints are: llm-d's default profile.
 func byDefault(s *stackOptions) {
 	s.options = func(o *Options) {
@@ -48,7 +56,6 @@ func TestEnvoyBurst(t *testing.T) {
 	for _, e := range s.app.Snapshot().Endpoints {
 		eventually(t, "every endpoint was scraped", func() bool { return e.Metrics().Has != 0 })
 	}
-	s.scrapes("hang")
 	var wg sync.WaitGroup
 	start := make(chan struct{})
 	for i := range 100 {
@@ -70,7 +77,7 @@ func TestEnvoyBurst(t *testing.T) {
 		}
 	}
 	t.Log(counts)
-	s.scrapes("")
+
 	s.settled()
 }
 
@@ -86,9 +93,7 @@ func TestEnvoyEjection(t *testing.T) {
 			t.Parallel()
 			o := fast(0, 0)
 			o.Plain = 4
-			options := stackOptions{pool: o}
-			byDefault(&options)
-			s := newStack(t, options)
+			s := newStack(t, stackOptions{pool: o, whole: discoveryOnly})
 			sick := s.pool.Engine("engine-2")
 			if err := sick.SetFaults(simulate.Faults{Rules: []simulate.Fault{fault}}); err != nil {
 				t.Fatal(err)

@@ -158,11 +158,7 @@ func TestEnvoyRequestTrailers(t *testing.T) {
 	t.Parallel()
 	for _, name := range envoy.Names() {
 		t.Run(name, func(t *testing.T) {
-			o := stackOptions{envoy: name}
-			if name == envoy.QuietOriginalDst {
-				o.rewrite = withoutRetries
-			}
-			s := newStack(t, o)
+			s := newStack(t, stackOptions{envoy: name})
 			protocols := new(http.Protocols)
 			protocols.SetUnencryptedHTTP2(true)
 			transport := &http.Transport{Protocols: protocols}

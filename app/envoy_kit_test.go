@@ -14,7 +14,6 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -42,7 +41,6 @@ func TestMain(m *testing.M) {
 const (
 	routeLine    = "                  timeout: 0s\n"
 	retryAnyhow  = routeLine + "                  retry_policy: { retry_on: \"5xx,reset,connect-failure,refused-stream\", num_retries: 3 }\n"
-	headerSource = "            - header: x-gateway-destination-endpoint\n"
 	bodyNone     = "response_body_mode: NONE"
 	headerSend   = "response_header_mode: SEND"
 	trailerSend  = "response_trailer_mode: SEND"
@@ -52,23 +50,9 @@ const (
 
 // withoutMutation takes out the filter that removes control headers before the picker: what is left is Baton's own work.
 func withoutMutation(text string) string {
-	from, to := strings.Index(text, mutationName), strings.Index(text, extProcName)
-	return text[:from] + text[to:]
-}
-
-// withoutRetries takes out the route's retry policy. With one, Envoy 1.40 keeps the body for the retry and sends it twice,
-// one behind the other, when a full-duplex body ends with trailers.
-func withoutRetries(text string) string {
-	return regexp.MustCompile(`(?m)^ *retry_policy: \{ retry_on: "connect-failure,refused-stream".*\n`).ReplaceAllString(text, "") + "# no retries\n"
-}
-
-// withALPN names h2 in Envoy's TLS context for the picker: without it grpc-go refuses the handshake.
-func withALPN(text string) string {
-	const tls = "extensions.transport_sockets.tls.v3.UpstreamTlsContext\n"
-	if !strings.Contains(text, "alpn_protocols") {
-		text = strings.Replace(text, tls, tls+"        common_tls_context: { alpn_protocols: [h2] }\n", 1)
-	}
-	return text + "# h2 by ALPN\n"
+	before, rest, _ := strings.Cut(text, mutationName)
+	_, after, _ := strings.Cut(rest, extProcName)
+	return before + extProcName + after
 }
 
 // replacing is a rewrite of one text by another, pair after pair.

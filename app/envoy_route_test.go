@@ -98,7 +98,6 @@ func TestEnvoyTLS(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newStack(t, stackOptions{
 				envoy:   name,
-				rewrite: withALPN,
 				options: func(o *Options) { o.SecureServing = true },
 				values:  func(v *envoy.Values) { v.EPPTLS = true },
 			})

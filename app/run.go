@@ -4,6 +4,7 @@ package app
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
@@ -55,9 +56,16 @@ func (a *App) answerOn(l net.Listener, plain bool, err error) error {
 	if err != nil {
 		return err
 	}
-	g, err := a.newServer(plain)
-	a.endpoints = append(a.endpoints, endpoint{l, g})
-	return err
+	if a.cert != nil && !plain {
+		config, err := a.tlsConfig()
+		if err != nil {
+			return err
+		}
+		// TLS below gRPC rather than by its credentials: those refuse gateways that name no protocol (ALPN).
+		l = tls.NewListener(l, config)
+	}
+	a.endpoints = append(a.endpoints, endpoint{l, a.newServer()})
+	return nil
 }
 
 func (a *App) tcp(flag string, port int) (net.Listener, error) {

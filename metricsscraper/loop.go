@@ -88,7 +88,7 @@ func (t *target) scrape(ctx context.Context) time.Duration {
 	// Ages what was estimated; a scrape that will probably fail is only a tick of the clock.
 	t.endpoint.Load.ScrapeBegins(begun, t.failures == 0)
 	started := t.endpoint.Load.Started()
-	m := &pool.Metrics{Begun: begun, Started: started}
+	m := &pool.Metrics{Begun: begun, Started: t.endpoint.Load.Settled(begun)}
 	withCache, err := t.fetch(ctx, begun, &t.reading)
 	if ctx.Err() != nil {
 		return 0

@@ -21,6 +21,20 @@ type Load struct {
 
 	mu        sync.Mutex
 	estimates []estimate // guarded by mu
+	marks     []mark     // guarded by mu; oldest first, the first one is at least settle old where there is such a one
+}
+
+// settle is how long a request may take from its pick to the engine's counters: through the gateway, and the body with
+// it. What was picked shortly before a scrape is not in the scraped numbers yet.
+const settle = 200 * time.Millisecond
+
+// maxMarks bounds the marks; scrapes that come faster share one.
+const maxMarks = 16
+
+// mark is how many reservations had been made at one moment.
+type mark struct {
+	at      time.Time
+	started int64
 }
 
 // estimate is a reservation whose request can no longer be observed.
@@ -38,6 +52,27 @@ func (l *Load) Tokens() int64 { return l.tokens.Load() }
 
 // Started counts every reservation ever made; the scraper notes it when a scrape begins ([Metrics.Started]).
 func (l *Load) Started() int64 { return l.started.Load() }
+
+// Settled notes how many reservations were made until now and returns how many were made long enough ago (settle) that
+// a scrape which begins now shows them: the value of [Metrics.Started]. Called by the endpoint's scrape loop.
+func (l *Load) Settled(now time.Time) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n := len(l.marks); n == 0 || now.Sub(l.marks[n-1].at) >= settle/(maxMarks-2) {
+		l.marks = append(l.marks, mark{now, l.started.Load()})
+	}
+	old := 0
+	for i, m := range l.marks {
+		if now.Sub(m.at) >= settle {
+			old = i
+		}
+	}
+	l.marks = append(l.marks[:0], l.marks[old:]...)
+	if now.Sub(l.marks[0].at) < settle {
+		return 0 // just begun: everything in flight may be missing from the page
+	}
+	return l.marks[0].started
+}
 
 // SinceScrape is how many requests were reserved since m's scrape began and are still in flight: what a queue
 // depth or a running count scraped then cannot include.

@@ -143,7 +143,7 @@ const (
 type Metrics struct {
 	Begun      time.Time // when the scrape began: later reservations are not in these numbers
 	FreshUntil time.Time // after this the values are stale (scrape interval plus --metrics-staleness-threshold)
-	Started    int64     // Load.Started when the scrape began
+	Started    int64     // Load.Settled when the scrape began
 	Has        uint16    // Has* bits
 
 	Waiting         float64 // queue depth: vllm:num_requests_waiting, summed over engines

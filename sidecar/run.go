@@ -89,7 +89,7 @@ func (r *run) move(i int, e *pool.Endpoint, tokens int64) {
 	}
 }
 
-// prefill walks down the ranked prefillers until one delivers.
+// prefill runs the phase within the budget.
 func (r *run) prefill(ctx context.Context) error {
 	start := r.j.Start
 	if start.IsZero() {
@@ -105,6 +105,11 @@ func (r *run) prefill(ctx context.Context) error {
 	}()
 
 	r.o.retries.earn()
+	return r.walk(ctx)
+}
+
+// walk goes down the ranked prefillers until one delivers.
+func (r *run) walk(ctx context.Context) error {
 	last := result{reason: reasonNoPrefiller}
 	ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked
 	for i := range ranked {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -117,6 +118,7 @@ func fewLeft(id string) decision {
 func TestStopped(t *testing.T) {
 	entered := make(chan struct{})
 	s := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body) //nolint:errcheck // the server notices that the client left only when the body was read
 		close(entered)
 		<-r.Context().Done()
 	}))
