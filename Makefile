@@ -49,8 +49,10 @@ check: build $(LINT) ## format, lint, vet, floors, docs, modernizers, go.mod, st
 	@$(GO) fix -diff ./...
 	@echo "Checking format and linting ..."
 	@$(LINT) run ./...
-	@echo "Checking floors, file sizes, documents and metrics ..."
-	@$(GO) test -count=1 -run '^Test(Floors|File|Docs|Metrics|Manifests)' ./app
+	@echo "Checking floors, file sizes, documents, metrics and shipped configurations ..."
+	@$(GO) test -count=1 -run '^Test(Floors|File|Metric)' ./app
+	@$(GO) test -count=1 -run '^TestDocs' ./scheduler
+	@$(GO) test -count=1 ./docs ./manifests/...
 	@echo "All checks passed."
 
 .PHONY: lint

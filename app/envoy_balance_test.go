@@ -31,16 +31,6 @@ func byDefault(s *stackOptions) {
 	}
 }
 
-// scrapes breaks the metrics of all engines; "" mends them.
-func (s *stack) scrapes(fault string) {
-	s.t.Helper()
-	for _, e := range s.pool.Engines() {
-		if err := e.SetFaults(simulate.Faults{Metrics: fault}); err != nil {
-			s.t.Fatal(err)
-		}
-	}
-}
-
 func distinct(i int) string {
 	return fmt.Sprintf(`{"model":"tiny","max_tokens":4,"messages":[{"role":"user","content":"%d %s"}]}`, i, strings.Repeat("word ", 50))
 }

@@ -9,6 +9,10 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/baton-epp/baton/config"
 )
 
 var (
@@ -47,6 +51,33 @@ func TestFiles(t *testing.T) {
 		if _, err := os.Stat(filepath.Join("..", m[1])); err != nil {
 			t.Errorf("CONTRIBUTING.md names %s: %v", m[1], err)
 		}
+	}
+}
+
+// TestDesignDefaults checks that the block of Baton's own sections in design.md loads, and is what an empty file means.
+func TestDesignDefaults(t *testing.T) {
+	_, rest, found := strings.Cut(read(t, "design.md"), "```yaml\n")
+	block, _, closed := strings.Cut(rest, "```")
+	if !found || !closed {
+		t.Fatal("design.md has no YAML block")
+	}
+	const head = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
+	f := func(name, text string) *config.Config {
+		c, err := config.Load(name, []byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	got, want := f("design.md", head+block), f("empty.yaml", head)
+	if diff := cmp.Diff(want.Disaggregation, got.Disaggregation); diff != "" {
+		t.Errorf("disaggregation (-default +design.md):\n%s", diff)
+	}
+	if diff := cmp.Diff(want.Limits, got.Limits); diff != "" {
+		t.Errorf("limits (-default +design.md):\n%s", diff)
+	}
+	if diff := cmp.Diff(want.Scraping, got.Scraping); diff != "" {
+		t.Errorf("scraping (-default +design.md):\n%s", diff)
 	}
 }
 
