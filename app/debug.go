@@ -15,7 +15,7 @@ import (
 	"github.com/baton-epp/baton/pool"
 )
 
-// The size of the ring behind /debug/decisions and of a follower's backlog (DESIGN.md 1).
+// The size of the ring behind /debug/decisions and of a follower's backlog (docs/design.md 1).
 const (
 	ringSize        = 1024
 	followerBacklog = 256

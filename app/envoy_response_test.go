@@ -14,7 +14,7 @@ import (
 	"github.com/baton-epp/baton/simulate"
 )
 
-// responseMode is a gateway's way to show responses, and how Baton then learns that a request is over (DESIGN.md 5.1).
+// responseMode is a gateway's way to show responses, and how Baton then learns that a request is over (docs/design.md 5.1).
 type responseMode struct {
 	name    string
 	envoy   string

@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// The bounds of limits.maxHeldBytes: auto (DESIGN.md 5).
+// The bounds of limits.maxHeldBytes: auto (docs/design.md 5).
 const autoHeldBytes = 2 << 30
 
 // memoryLimit is the process's memory limit in bytes from its control group, 0 when there is none.

@@ -36,7 +36,7 @@ type Options struct {
 	RefreshMetricsInterval time.Duration // lower bound of the adaptive scrape interval, 50 ms
 	MetricsStaleness       time.Duration // --metrics-staleness-threshold, 2 s
 	DrainTimeout           time.Duration // after SIGTERM, 30 s
-	DrainDelay             time.Duration // NOT_SERVING before GOAWAY, 5 s (DESIGN.md 5.3)
+	DrainDelay             time.Duration // NOT_SERVING before GOAWAY, 5 s (docs/design.md 5.3)
 	MaxRecvMsgSize         int           // bytes, 0 = fits limits.maxBodyBytes
 	MaxSendMsgSize         int           // bytes, 0 = fits limits.maxBodyBytes
 	DisableSubsetFilter    bool

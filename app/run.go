@@ -129,7 +129,7 @@ func (a *App) metricsHandler() http.Handler {
 }
 
 // Run serves until ctx ends, then drains: NOT_SERVING, a while later GOAWAY, and after the drain time whatever is left is
-// cut (DESIGN.md 5.3). It returns when every goroutine has ended.
+// cut (docs/design.md 5.3). It returns when every goroutine has ended.
 func (a *App) Run(ctx context.Context) error {
 	if a.tracing != nil {
 		defer a.stopTracing(ctx)

@@ -33,7 +33,7 @@ import (
 // BenchmarkProcess is one request through the handler alone, without gRPC around it: what Baton does between receiving
 // and sending, beside what the floor does there.
 //
-//	go test -run '^$' -bench Process -benchmem -cpuprofile /tmp/cpu ./bench
+//	go test -run '^$' -bench Process -benchmem -cpuprofile cpu.pprof ./bench
 func BenchmarkProcess(b *testing.B) {
 	for _, size := range []int{4 << 10, 400 << 10} {
 		for _, duplex := range []bool{false, true} {
@@ -68,7 +68,7 @@ func benchmarkProcess(b *testing.B, server extprocv3.ExternalProcessorServer, sp
 	}
 }
 
-// maxProcessAllocs is how many allocations one small quiet request may cost in the handler (DESIGN.md: near the floor).
+// maxProcessAllocs is how many allocations one small quiet request may cost in the handler (docs/design.md: near the floor).
 // Raise it only with a reason in the commit.
 const maxProcessAllocs = 55
 

@@ -14,7 +14,7 @@ import (
 // Kind is the only kind of file there is.
 const Kind = "EndpointPickerConfig"
 
-// The accepted values of apiVersion, the current one first (reference config.md 1 and 11).
+// The accepted values of apiVersion, the current one first (llm-d-router v0.10).
 const (
 	APIVersion    = "llm-d.ai/v1alpha1"
 	APIVersionGIE = "inference.networking.x-k8s.io/v1alpha1"
@@ -90,7 +90,7 @@ func (c *Config) Gate(name string) bool {
 	return on
 }
 
-// Default is the configuration used when no file is given: llm-d's default profile (reference config.md 1).
+// Default is the configuration used when no file is given: llm-d's default profile (llm-d-router v0.10).
 func Default() *Config {
 	c := defaults()
 	c.APIVersion, c.Kind = APIVersion, Kind

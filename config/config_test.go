@@ -109,7 +109,7 @@ func TestDefaultEqualsDesign(t *testing.T) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(Default(), c, cmp.Comparer(func(a, b Parameters) bool { return a.Absent() && b.Absent() })); diff != "" {
-		t.Errorf("the block of DESIGN.md 5 is not the default (-default +block):\n%s", diff)
+		t.Errorf("the block of docs/design.md 5 is not the default (-default +block):\n%s", diff)
 	}
 	var refs []ProfilePlugin
 	for _, p := range Default().SchedulingProfiles {

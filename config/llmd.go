@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// DataLayer says where endpoints and their metrics come from (reference config.md 1).
+// DataLayer says where endpoints and their metrics come from (llm-d-router v0.10).
 type DataLayer struct {
 	// InjectDefaults adds metrics-data-source with core-metrics-extractor unless a source of that name is listed.
 	InjectDefaults bool     `yaml:"injectDefaults"`

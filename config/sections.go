@@ -4,7 +4,7 @@ package config
 
 import "time"
 
-// Disaggregation says whether and how prefill and encode are run apart from decode (DESIGN.md 3 and 5).
+// Disaggregation says whether and how prefill and encode are run apart from decode (docs/design.md 3 and 5).
 type Disaggregation struct {
 	Mode string `yaml:"mode"` // auto (default) | orchestrate | headers | off
 	// KVConnector maps an engine type to the connector that moves its KV blocks; the key "" is every other engine.

@@ -78,7 +78,7 @@ func (v *validator) check(c *Config) {
 	v.checkScraping(&c.Scraping)
 }
 
-// parsers are the parser types, which need not be defined to be referred to (reference config.md 1 and 4).
+// parsers are the parser types, which need not be defined to be referred to (llm-d-router v0.10).
 func parsers() []string {
 	return []string{"openai-parser", "anthropic-parser", "vllmhttp-parser", "sglanghttp-parser", "vllmgrpc-parser", "vertexai-parser", "passthrough-parser"}
 }

@@ -23,7 +23,7 @@ import (
 	"github.com/baton-epp/baton/pool"
 )
 
-// DefaultEngine is the engine of an endpoint whose labels name none (reference engine-metrics-and-events.md 1).
+// DefaultEngine is the engine of an endpoint whose labels name none (the engines' sources, mid-2026).
 const DefaultEngine = "vllm"
 
 // Wanted is one endpoint that a source wants in the pool.
@@ -51,7 +51,7 @@ type Options struct {
 	Source Source // required
 	// PoolName is the label name of the pool gauges.
 	PoolName string
-	// MetricsNames chooses the names of the pool gauges: llm-d (default) or gie (reference config.md 9).
+	// MetricsNames chooses the names of the pool gauges: llm-d (default) or gie (llm-d-router v0.10).
 	MetricsNames string
 	// OnChange is told every new snapshot, in order, from one goroutine; it should return soon.
 	OnChange []func(*pool.Snapshot)

@@ -11,7 +11,7 @@ import (
 	"github.com/baton-epp/baton/config"
 )
 
-// entry is one element of the file's list `endpoints` (reference config.md 5; ports is ours).
+// entry is one element of the file's list `endpoints` (llm-d-router v0.10; ports is ours).
 type entry struct {
 	Name      string            `yaml:"name"`      // required
 	Namespace string            `yaml:"namespace"` // default "default"

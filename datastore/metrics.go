@@ -46,7 +46,7 @@ type names struct {
 	endpointQueue, endpointQueueEndpointName string
 }
 
-// gaugeNames are those of reference config.md 9.1 (llm-d) and 9.2 (gie).
+// gaugeNames are those of llm-d-router v0.10 and of GIE v1.5 (gie).
 func gaugeNames(dialect string) (names, bool) {
 	switch dialect {
 	case "llm-d":

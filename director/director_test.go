@@ -139,7 +139,7 @@ func prefilled(b *bench) sidecar.Outcome {
 	return sidecar.Outcome{Name: "disaggregated", HasHandle: true, Prefiller: b.snapshot.Endpoints[0], Checkpoint: sidecar.PrefillComplete}
 }
 
-func TestDecodeThatVanishedIsReplaced(t *testing.T) { // DESIGN.md 3.4, 3.5
+func TestDecodeThatVanishedIsReplaced(t *testing.T) { // docs/design.md 3.4, 3.5
 	for _, c := range []struct {
 		name    string
 		gone    []string
@@ -188,7 +188,7 @@ func loads(s *pool.Snapshot) string {
 	return out.String()
 }
 
-func TestHandleNamesOneDestination(t *testing.T) { // DESIGN.md 3.3
+func TestHandleNamesOneDestination(t *testing.T) { // docs/design.md 3.3
 	o := &scripted{}
 	b := newBench(t, o)
 	o.outcome = sidecar.Outcome{Name: "aggregated"}

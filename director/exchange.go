@@ -18,7 +18,7 @@ import (
 	"github.com/baton-epp/baton/sidecar"
 )
 
-// End says how the gateway let us see the end of a request (DESIGN.md 5.1).
+// End says how the gateway let us see the end of a request (docs/design.md 5.1).
 type End uint8
 
 // The values of [End].
@@ -94,7 +94,7 @@ func (x *Exchange) fail() error {
 }
 
 // settleDecode makes sure the decode endpoint is still the one that was picked, and finds another where it is gone: the
-// next ranked one, then one more run of the decode profile (DESIGN.md 3.4). With decodePick: after, a finished prefill
+// next ranked one, then one more run of the decode profile (docs/design.md 3.4). With decodePick: after, a finished prefill
 // always leads to a new run, on the loads of now.
 func (x *Exchange) settleDecode(ctx context.Context) error {
 	snap := x.director.opts.Snapshot()

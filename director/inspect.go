@@ -16,7 +16,7 @@ import (
 var (
 	// ErrEncoding: a body with a Content-Encoding on a path whose body must be read (415).
 	ErrEncoding = errors.New("compressed request bodies are not accepted on this path; send it without Content-Encoding")
-	// ErrBodyMode: the gateway's ext_proc body mode does not let the body be inspected (500, DESIGN.md 3.6).
+	// ErrBodyMode: the gateway's ext_proc body mode does not let the body be inspected (500, docs/design.md 3.6).
 	ErrBodyMode = errors.New("the gateway does not send this body for inspection; set request_body_mode to FULL_DUPLEX_STREAMED or BUFFERED, or limits.allowUninspectedBodies")
 )
 

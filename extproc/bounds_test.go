@@ -92,7 +92,7 @@ func TestBodyWithoutHeadersIsRefused(t *testing.T) { // request_header_mode SKIP
 	}
 }
 
-func TestCutAnswersHeldRequests(t *testing.T) { // DESIGN.md 5.3: never a bare gRPC error for what can be answered
+func TestCutAnswersHeldRequests(t *testing.T) { // docs/design.md 5.3: never a bare gRPC error for what can be answered
 	entered := make(chan struct{})
 	k := newKit(t, kitOptions{snapshot: three(), config: prefillConfig, orchestrat: &scripted{run: func(ctx context.Context, _ *sidecar.Job) (*sidecar.Outcome, error) {
 		close(entered)

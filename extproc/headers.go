@@ -16,7 +16,7 @@ import (
 )
 
 // isControl reports whether a request header (lower case) is one that only a picker or gateway may set. Client copies
-// leave the request through remove_headers; merely not setting them again would let them pass (DESIGN.md 3.6).
+// leave the request through remove_headers; merely not setting them again would let them pass (docs/design.md 3.6).
 func isControl(name string) bool {
 	if !strings.HasPrefix(name, "x-") {
 		return false

@@ -97,7 +97,7 @@ func TestSubset(t *testing.T) { // P3, P4, P5
 	})
 }
 
-func TestRefusals(t *testing.T) { // P12, DESIGN.md 3.5 and 3.6
+func TestRefusals(t *testing.T) { // P12, docs/design.md 3.5 and 3.6
 	full := three()
 	for _, c := range []struct {
 		name     string
@@ -158,7 +158,7 @@ func TestRefusals(t *testing.T) { // P12, DESIGN.md 3.5 and 3.6
 	}
 }
 
-func TestControlHeadersOfTheClientAreRemoved(t *testing.T) { // DESIGN.md 3.6
+func TestControlHeadersOfTheClientAreRemoved(t *testing.T) { // docs/design.md 3.6
 	k := newKit(t, kitOptions{snapshot: three()})
 	p, _ := k.open().duplex(first{headers: []string{
 		HeaderDestination, "6.6.6.6:1", "x-prefiller-host-port", "6.6.6.6:2", "x-encoder-hosts-ports", "6.6.6.6:3",
@@ -184,7 +184,7 @@ func TestRequestIDIsMade(t *testing.T) {
 	}
 }
 
-func TestTransferFieldsAreStripped(t *testing.T) { // DESIGN.md 3.6: one of them ends a decode server's process
+func TestTransferFieldsAreStripped(t *testing.T) { // docs/design.md 3.6: one of them ends a decode server's process
 	k := newKit(t, kitOptions{snapshot: three()})
 	for _, c := range []struct{ name, path, contentType, body, want string }{
 		{"top level", "/v1/chat/completions", "application/json", `{"model":"m","kv_transfer_params":{"do_remote_prefill":true},"messages":[]}`, `{"model":"m","messages":[]}`},
@@ -226,7 +226,7 @@ func TestBodiesPassAsTheyCame(t *testing.T) {
 	}
 }
 
-func TestBodyEndedByTrailers(t *testing.T) { // envoy.md 11: end_of_stream with trailers hangs the request
+func TestBodyEndedByTrailers(t *testing.T) { // measured on Envoy 1.40: end_of_stream with trailers hangs the request
 	k := newKit(t, kitOptions{snapshot: three()})
 	call := k.open()
 	call.send(first{modes: modesOf(modeDuplex, modeNone)}.message(t))

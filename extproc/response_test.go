@@ -32,7 +32,7 @@ func inFlight(s *pool.Snapshot) (n int64) {
 	return n
 }
 
-func TestQuietModeReleasesAtTheEnd(t *testing.T) { // DESIGN.md 5.1, second row
+func TestQuietModeReleasesAtTheEnd(t *testing.T) { // docs/design.md 5.1, second row
 	k := newKit(t, kitOptions{snapshot: three()})
 	call := k.open()
 	call.duplex(first{modes: modesOf(modeDuplex, modeNone)}, []byte(chat))
@@ -180,7 +180,7 @@ func TestServedEndpointIsCredited(t *testing.T) { // P13: failures count for who
 	}
 }
 
-func TestDrainEndsQuietStreams(t *testing.T) { // DESIGN.md 5.3
+func TestDrainEndsQuietStreams(t *testing.T) { // docs/design.md 5.3
 	k := newKit(t, kitOptions{snapshot: three()})
 	waiting, answered := k.open(), k.open()
 	waiting.duplex(first{modes: modesOf(modeDuplex, modeNone)}, []byte(chat))

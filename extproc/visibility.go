@@ -58,7 +58,7 @@ func (g *gateways) of(ctx context.Context) *gateway {
 	return known.(*gateway) //nolint:forcetypeassert // the only type stored
 }
 
-// end says which of the ways to see a request's end this stream's gateway offers (DESIGN.md 5.1), and counts it.
+// end says which of the ways to see a request's end this stream's gateway offers (docs/design.md 5.1), and counts it.
 func (st *stream) end() director.End {
 	if st.exchange == nil || !st.requestOver || st.immediate {
 		return director.EndUnanswered

@@ -67,7 +67,7 @@ type Span struct{ Start, End int }
 // Len is the number of bytes in s.
 func (s Span) Len() int { return s.End - s.Start }
 
-// Bar is a set of reasons why a request cannot be disaggregated (DESIGN.md 3.3).
+// Bar is a set of reasons why a request cannot be disaggregated (docs/design.md 3.3).
 type Bar uint16
 
 // The bits of a [Bar].
@@ -124,7 +124,7 @@ type Request struct {
 	CacheSalt string
 	Bars      Bar
 	// HasTransferFields says that the client sent fields that only a router may send (kv_transfer_params and its
-	// like, DESIGN.md 3.6), at the top level or in an object that becomes an engine's sampling_params or their
+	// like, docs/design.md 3.6), at the top level or in an object that becomes an engine's sampling_params or their
 	// extra_args; [Edits.StripTransferFields] removes them.
 	HasTransferFields bool
 
@@ -132,7 +132,7 @@ type Request struct {
 }
 
 // PromptTokens estimates the prompt's length: the number of token ids, or four bytes of text to a token
-// (llm-d's estimate, reference of the token-producer).
+// (llm-d's estimate, that of its token-producer).
 func (r *Request) PromptTokens() int {
 	if r.TokenIDs > 0 {
 		return r.TokenIDs

@@ -62,7 +62,7 @@ var nameOf = map[string]name{
 // samplingParamsKey is the object in which Generate and SGLangGenerate carry most of their parameters.
 const samplingParamsKey = "sampling_params"
 
-// lookUp knows the keys above and all of bootstrap_*, which only a router may send either (DESIGN.md 3.6).
+// lookUp knows the keys above and all of bootstrap_*, which only a router may send either (docs/design.md 3.6).
 func lookUp(key []byte) name {
 	n := nameOf[string(key)]
 	if n == other && bytes.HasPrefix(key, []byte("bootstrap_")) {

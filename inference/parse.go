@@ -55,7 +55,7 @@ type parser struct {
 type batch struct{ prompts, tokenIDs int }
 
 // Parse reads body once as api's request. r.Path, Method and Headers are set by the caller on the returned value.
-// For [Unknown] any JSON text will do, and only what DESIGN.md 3.6 asks is looked for: transfer fields in an object.
+// For [Unknown] any JSON text will do, and only what docs/design.md 3.6 asks is looked for: transfer fields in an object.
 // JSON is read as strictly as by encoding/json, but Python's NaN, Infinity and -Infinity are values; keys are
 // compared after unescaping, and of duplicates the last one counts, as in the engines. Errors wrap [ErrMalformed] and
 // say what is wrong and where. The slices of body are kept and never written to.

@@ -30,7 +30,7 @@ type spec struct {
 	labels []label
 }
 
-// engine is one engine's metric names (reference engine-metrics-and-events.md 1 to 3). A signal may have several
+// engine is one engine's metric names (the engines' sources, mid-2026). A signal may have several
 // specs: names of different versions, or series that add up.
 type engine struct {
 	specs                          [signalCount][]spec

@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	// idleTimeout is below the 5 s after which vLLM closes an idle connection (reference vllm-observed.md 4).
+	// idleTimeout is below the 5 s after which vLLM closes an idle connection (measured on vLLM 0.32).
 	idleTimeout = 4 * time.Second
 	// filteredMax is the largest page that is taken for a filtered one: real ones have 1 to 3 KB, whole ones 48 to 70.
 	filteredMax = 16 << 10

@@ -15,9 +15,9 @@ const (
 	// firstWithin bounds the wait for an endpoint's first scrape: what is not scraped cannot be scored.
 	firstWithin = 250 * time.Millisecond
 	// cacheEvery is how often a filtering server is asked for its cache configuration, which is more than half of a
-	// filtered page (reference vllm-observed.md 3b).
+	// filtered page (measured on vLLM 0.32).
 	cacheEvery = time.Minute
-	// refusedLimit is how many refused connections in a row mean that nobody is there (DESIGN.md 5.2).
+	// refusedLimit is how many refused connections in a row mean that nobody is there (docs/design.md 5.2).
 	refusedLimit = 2
 )
 

@@ -23,7 +23,7 @@ import (
 	"github.com/baton-epp/baton/pool"
 )
 
-// Defaults of llm-d's flags (reference config.md 10.2).
+// Defaults of llm-d's flags (llm-d-router v0.10).
 const (
 	DefaultMinInterval = 50 * time.Millisecond
 	DefaultStaleness   = 2 * time.Second
@@ -40,7 +40,7 @@ type Options struct {
 	Source    Source   // the zero Source means DefaultSource
 	Engines   *Engines // nil means DefaultEngines
 	// RefusedMeansNotReady makes two refused connections in a row take an endpoint out until it answers again: for
-	// file discovery, where nobody else reports readiness (DESIGN.md 5.2).
+	// file discovery, where nobody else reports readiness (docs/design.md 5.2).
 	RefusedMeansNotReady bool
 	MetricsNames         string                // llm-d (default) or gie
 	Logger               *slog.Logger          // required

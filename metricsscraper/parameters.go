@@ -12,7 +12,7 @@ import (
 	"github.com/baton-epp/baton/pool"
 )
 
-// Source is how pages are fetched: the parameters of a metrics-data-source (reference config.md 2.6).
+// Source is how pages are fetched: the parameters of a metrics-data-source (llm-d-router v0.10).
 type Source struct {
 	Scheme             string        `yaml:"scheme"`             // http (default) | https
 	Path               string        `yaml:"path"`               // default /metrics

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// The numbers of passive health (DESIGN.md 5.2).
+// The numbers of passive health (docs/design.md 5.2).
 const (
 	// EjectAfter consecutive failures take an endpoint out of the race.
 	EjectAfter = 5

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// estimateLife bounds how long a reservation whose end nobody reports may count (DESIGN.md 5.1).
+// estimateLife bounds how long a reservation whose end nobody reports may count (docs/design.md 5.1).
 const estimateLife = 60 * time.Second
 
 // Load counts what was sent to an endpoint and is not known to have ended, at decision time, so that a burst does

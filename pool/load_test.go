@@ -24,7 +24,7 @@ func TestReservationIsReleasedOnce(t *testing.T) {
 	}
 }
 
-func TestEstimateEnds(t *testing.T) { // DESIGN.md 5.1, third row
+func TestEstimateEnds(t *testing.T) { // docs/design.md 5.1, third row
 	now := time.Now()
 	for _, c := range []struct {
 		name    string
@@ -83,7 +83,7 @@ func TestRequestsOnTheirWayAreNotForgotten(t *testing.T) {
 	}
 }
 
-func TestEjectionDoublesAndHalfOpens(t *testing.T) { // DESIGN.md 5.2
+func TestEjectionDoublesAndHalfOpens(t *testing.T) { // docs/design.md 5.2
 	var h Health
 	now := time.Now()
 	for i := range EjectAfter {

@@ -11,7 +11,7 @@ import (
 	"github.com/baton-epp/baton/config"
 )
 
-// defaultProfile is the name of the profile of a file without any (reference config.md 1).
+// defaultProfile is the name of the profile of a file without any (llm-d-router v0.10).
 const defaultProfile = "default"
 
 // profiles makes the profiles of the file, or one of every filter, scorer and picker where it has none.

@@ -12,7 +12,7 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// pdSample is the P/D file of reference config.md 1.
+// pdSample is the P/D file of llm-d-router v0.10
 const pdSample = `
 plugins:
 - {type: disagg-profile-handler, parameters: {deciders: {prefill: long-prompts}}}
@@ -65,7 +65,7 @@ func TestLoads(t *testing.T) {
 	}
 	f("no configuration", "", false)
 	f("no profiles", fourScorers, false)
-	f("P/D of config.md", pdSample, true)
+	f("P/D in llm-d's shape", pdSample, true)
 	f("llm-d's own P/D sample", `
 plugins:
 - type: prefill-filter

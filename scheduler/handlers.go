@@ -15,7 +15,7 @@ func newSingleHandler(_ *Builder, raw config.Parameters) (any, error) {
 	return &handler{single: true}, raw.Decode(&struct{}{})
 }
 
-// disaggParameters configure a disagg-profile-handler (reference config.md 2.4).
+// disaggParameters configure a disagg-profile-handler (llm-d-router v0.10).
 type disaggParameters struct {
 	// StageOrder is decode-first (default) or prefill-first, in any case, with _ for -, the "-first" may be left out.
 	StageOrder string `yaml:"stageOrder"`

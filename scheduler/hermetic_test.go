@@ -12,7 +12,7 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// TestHermetic is the table of GIE v1.3.0's integration test as far as it is about picks (reference epp-protocol.md 7).
+// TestHermetic is the table of GIE v1.3.0's integration test as far as it is about picks (its test/integration/epp).
 // An endpoint is queue, KV usage and loaded adapters.
 func TestHermetic(t *testing.T) {
 	const profile = `

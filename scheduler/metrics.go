@@ -33,7 +33,7 @@ type metrics struct {
 	defaultMatcher *prefixProducer
 }
 
-// newMetrics registers the scheduler's metrics under llm-d's names, or the older ones (reference config.md 9).
+// newMetrics registers the scheduler's metrics under llm-d's names, or the older ones (llm-d-router v0.10).
 func newMetrics(reg prometheus.Registerer, names string) (*metrics, error) {
 	main, disagg := "llm_d_epp_", "llm_d_epp_"
 	switch names {

@@ -11,7 +11,7 @@ import (
 
 const typePrefixProducer = "approx-prefix-cache-producer"
 
-// PrefixParameters configure an approx-prefix-cache-producer (reference config.md 2.5).
+// PrefixParameters configure an approx-prefix-cache-producer (llm-d-router v0.10).
 type PrefixParameters struct {
 	// AutoTune takes an endpoint's capacity from its cache_config_info where that is known; default true.
 	AutoTune bool `yaml:"autoTune"`

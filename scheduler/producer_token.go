@@ -4,7 +4,7 @@ package scheduler
 
 import "github.com/baton-epp/baton/config"
 
-// tokenParameters configure a token-producer (reference config.md 6.3). Only the estimate is built: four bytes of
+// tokenParameters configure a token-producer (llm-d-router v0.10). Only the estimate is built: four bytes of
 // prompt to a token, media by their kind. The estimate's own numbers are accepted and checked, the defaults are used.
 type tokenParameters struct {
 	Estimate struct {

@@ -36,7 +36,7 @@ type Options struct {
 	Plugins []Registry
 	// Metrics gets the scheduler's metrics; required, and unused when Previous is set (they go on).
 	Metrics prometheus.Registerer
-	// MetricNames chooses the names: "llm-d" (default) or "gie" (reference config.md 9).
+	// MetricNames chooses the names: "llm-d" (default) or "gie" (llm-d-router v0.10).
 	MetricNames string
 	// MaxIndexBytes bounds each prefix index; default prefix.DefaultMaxBytes.
 	MaxIndexBytes int64

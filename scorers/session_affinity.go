@@ -12,7 +12,7 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// sessionParameters configure a session-affinity-scorer (reference config.md 2.1 and 2.8).
+// sessionParameters configure a session-affinity-scorer (llm-d-router v0.10).
 type sessionParameters struct {
 	// Strategy is encoded_endpoint_header (default) or session_id.
 	Strategy     string `yaml:"strategy"`

@@ -12,7 +12,7 @@ import (
 	"github.com/baton-epp/baton/pool"
 )
 
-// Checkpoint is how far a request got (DESIGN.md 3.4).
+// Checkpoint is how far a request got (docs/design.md 3.4).
 type Checkpoint uint8
 
 // The checkpoints. Where decode pulls the blocks, DecodeForwarded is reached before TransferComplete.

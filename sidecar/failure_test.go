@@ -68,7 +68,7 @@ const (
 	engineErr  = `{"choices":[{"finish_reason":"error"}]}`
 )
 
-// failures is every way in which a prefill can go wrong, and what Baton does about it (DESIGN.md 3.5).
+// failures is every way in which a prefill can go wrong, and what Baton does about it (docs/design.md 3.5).
 func failures() map[string]struct {
 	handler http.HandlerFunc // nil: nobody listens
 	reason  string
@@ -112,7 +112,7 @@ func failures() map[string]struct {
 }
 
 // TestFailureThenNext walks on to the second prefiller where that may help, and else lets decode go on alone, once
-// (kv-wire 2.3, llm-d-router 711 and 712: the sidecar knew one host and could not).
+// (llm-d's decode sidecar, llm-d-router 711 and 712: the sidecar knew one host and could not).
 func TestFailureThenNext(t *testing.T) {
 	for name, f := range failures() {
 		t.Run(name, func(t *testing.T) {

@@ -44,7 +44,7 @@ func (r *rig) alone(j *Job, out *Outcome, reason string) {
 	r.want(1, "fallbacks_total", reason)
 }
 
-// TestHandleLeavesOnce: a handle used again may answer 200 with another prompt's KV (vllm-observed 6c).
+// TestHandleLeavesOnce: a handle used again may answer 200 with another prompt's KV (seen on vLLM 0.32).
 func TestHandleLeavesOnce(t *testing.T) {
 	r, j, out := prefilled(t, nil)
 	d2 := r.add("d2", "decode", "10.9.9.2:8000")
@@ -56,7 +56,7 @@ func TestHandleLeavesOnce(t *testing.T) {
 	r.alone(j, out, "handle_used")
 }
 
-// TestHandleTooOld: under the engine's lease, or not at all (DESIGN.md 3.3).
+// TestHandleTooOld: under the engine's lease, or not at all (docs/design.md 3.3).
 func TestHandleTooOld(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, nil)

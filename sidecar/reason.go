@@ -59,7 +59,7 @@ func FallbackReasons() []string {
 	return append(Reasons()[1:], reasonNoPrefiller, reasonUsed, reasonEngineMismatch, reasonDecodeChanged)
 }
 
-// sequel is what follows an attempt that ended for a reason (DESIGN.md 3.5).
+// sequel is what follows an attempt that ended for a reason (docs/design.md 3.5).
 type sequel struct {
 	next  bool // another prefiller may do better
 	blame bool // the endpoint is at fault: told to its breaker and health

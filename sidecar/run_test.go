@@ -78,7 +78,7 @@ func TestPrefillThenDecode(t *testing.T) {
 }
 
 // TestEveryAPI prefills each API on a simulated engine, generate with its handle in extra_args (defects 3 and 4 of
-// kv-wire 2.3).
+// llm-d's decode sidecar).
 func TestEveryAPI(t *testing.T) {
 	r, peers := newRig(t, nil), simulate.NewRegistry()
 	p, pe := r.engine("p", "prefill", peers, nil)
@@ -112,7 +112,7 @@ func TestEveryAPI(t *testing.T) {
 }
 
 // TestModes is one prefill call in orchestrate mode, none in headers mode, and what the decode endpoint's sidecar
-// changes (DESIGN.md 3.2).
+// changes (docs/design.md 3.2).
 func TestModes(t *testing.T) {
 	type want struct {
 		calls  int
@@ -187,7 +187,7 @@ func TestAggregatedFromTheStart(t *testing.T) {
 		})
 }
 
-// TestClientHandleIsStripped: a client can end a decode server's process with one (vllm-observed 6d).
+// TestClientHandleIsStripped: a client can end a decode server's process with one (seen on vLLM 0.32).
 func TestClientHandleIsStripped(t *testing.T) {
 	body := `{"prompt":"x","kv_transfer_params":{"do_remote_prefill":true}}`
 	r := newRig(t, nil)
@@ -221,7 +221,7 @@ func TestModelRewritten(t *testing.T) {
 	}
 }
 
-// blind is a wire without handles: the engines meet in a store (shape two of DESIGN.md 3.3).
+// blind is a wire without handles: the engines meet in a store (shape two of docs/design.md 3.3).
 type blind struct{}
 
 func (blind) Prefill(x *connectors.Exchange, body *inference.Edits) {

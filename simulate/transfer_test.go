@@ -101,7 +101,7 @@ func TestStaleHandleGivesAnotherPromptsText(t *testing.T) {
 	}
 }
 
-// TestMisuse is the table of vllm-observed.md section 6.
+// TestMisuse is what a real vLLM 0.32 does when it is misused.
 func TestMisuse(t *testing.T) {
 	tests := []struct {
 		name     string

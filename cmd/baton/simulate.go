@@ -36,9 +36,6 @@ func newSimulate() *cobra.Command {
 			if err := errors.Join(errs...); err != nil {
 				return err
 			}
-			if o.Prefill+o.Decode+o.Both+o.Plain == 0 {
-				return errors.New("no engines: set --prefill, --decode, --both or --plain")
-			}
 			return simulate.RunPool(cmd.Context(), o, logger(verbosity, false))
 		},
 	}

@@ -97,7 +97,7 @@ const (
 // Traits are the fixed facts of a wire.
 type Traits struct {
 	Name   string
-	Proven string // real engine, from source or unconfirmed (DESIGN.md 3.3)
+	Proven string // real engine, from source or unconfirmed (docs/design.md 3.3)
 	Shape  Shape
 	// NeedsDecode says that the decode endpoint must be known before prefill starts.
 	NeedsDecode bool

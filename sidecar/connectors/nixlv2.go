@@ -43,7 +43,7 @@ const (
 )
 
 // Answer takes the handle as it is. One with a member missing is not used: vLLM 0.32 answers a decode that lacks a
-// field by ending its process, or hangs and ends it later (reference vllm-observed.md 6d).
+// field by ending its process, or hangs and ends it later (measured on vLLM 0.32).
 func (nixlv2) Answer(x *Exchange, answer []byte) Answer {
 	raw, _, err := inference.Field(answer, transferField)
 	if err != nil {
@@ -107,7 +107,7 @@ func nixlComplete(raw []byte, found [nixlMembers]inference.Span) bool {
 
 // areBlockIDs reports whether a JSON value is an array of numbers (older engines) or of arrays of them, one for each
 // group of KV caches; anything else in it, such as null, ends the decode engine. An empty array is legal: decode pulls
-// nothing, and tells the prefill engine to free what it holds (reference kv-wire.md 1.1).
+// nothing, and tells the prefill engine to free what it holds (vLLM NixlConnector).
 func areBlockIDs(value string) bool {
 	const allowed = "[]0123456789, \t\r\n"
 	return strings.HasPrefix(value, "[") &&

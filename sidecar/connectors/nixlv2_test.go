@@ -60,7 +60,7 @@ func legs(t *testing.T, api inference.API, client []byte) (prefill, decode []byt
 	return prefill, decode
 }
 
-// TestGoldenLegs compares both legs of every API with reviewed files, byte for byte (kv-wire 1.1, S0-22).
+// TestGoldenLegs compares both legs of every API with reviewed files, byte for byte (vLLM NixlConnector, S0-22).
 func TestGoldenLegs(t *testing.T) {
 	apis := map[string]inference.API{
 		"completions": inference.Completions, "chat": inference.Chat, "responses": inference.Responses,
@@ -197,7 +197,7 @@ func TestAnswerOfRealEngine(t *testing.T) {
 	f("b_stream", Malformed, 0)
 }
 
-// TestAnswer checks what makes a handle unusable (vllm-observed 6d: these end a decode server's process).
+// TestAnswer checks what makes a handle unusable (seen on vLLM 0.32: these end a decode server's process).
 func TestAnswer(t *testing.T) {
 	without := func(name string) string {
 		m := fields(t, []byte(handle), name)
@@ -261,7 +261,7 @@ func TestAnswer(t *testing.T) {
 	}
 }
 
-// TestRewriteRemoteHost replaces a loopback name in place, and nothing else (kv-wire 1.1).
+// TestRewriteRemoteHost replaces a loopback name in place, and nothing else (vLLM NixlConnector).
 func TestRewriteRemoteHost(t *testing.T) {
 	f := func(host, prefiller string, rewrite bool, want string) {
 		t.Helper()
