@@ -12,7 +12,7 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// pdSample is the P/D file of llm-d-router v0.10
+// pdSample is a P/D file in the shape of llm-d's samples.
 const pdSample = `
 plugins:
 - {type: disagg-profile-handler, parameters: {deciders: {prefill: long-prompts}}}
