@@ -167,6 +167,7 @@ func (s *summary) endPackage(ev event) {
 		s.printRest(ev.Package)
 	}
 	s.drop(ev.Package)
+	delete(s.pkgs, ev.Package) // a package that is run again starts from zero
 	s.total.passed += c.passed
 	s.total.failed += c.failed
 	s.total.skipped += c.skipped
