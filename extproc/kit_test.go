@@ -132,7 +132,7 @@ type call struct {
 
 func (k *kit) open() *call {
 	k.t.Helper()
-	ctx, cancel := context.WithTimeout(k.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(k.t.Context(), time.Minute)
 	k.t.Cleanup(cancel)
 	s, err := k.client.Process(ctx)
 	if err != nil {

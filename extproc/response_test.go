@@ -13,10 +13,10 @@ import (
 	"github.com/baton-epp/baton/pool"
 )
 
-// eventually polls until the condition holds or ten seconds are over.
+// eventually polls until the condition holds or a minute is over.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !condition() {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
