@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	procv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_proc/v3"
 	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
 
 	"github.com/baton-epp/baton/internal/pooltest"
@@ -125,6 +126,7 @@ func TestRefusals(t *testing.T) { // P12, docs/design.md 3.5 and 3.6
 		{"over the budget of all", kitOptions{snapshot: full, maxHeld: 10}, first{}, chat, 429, "rejected-saturated", "limits.maxHeldBytes"},
 		{"body mode NONE", kitOptions{snapshot: full}, first{modes: modesOf(modeNone, modeNone)}, "", 500, "body-mode-unsafe", "FULL_DUPLEX_STREAMED"},
 		{"body mode STREAMED", kitOptions{snapshot: full}, first{modes: modesOf(modeStreamed, modeNone)}, "", 500, "body-mode-unsafe", ""},
+		{"body mode BUFFERED_PARTIAL", kitOptions{snapshot: full}, first{modes: modesOf(procv3.ProcessingMode_BUFFERED_PARTIAL, modeNone)}, "", 500, "body-mode-unsafe", ""},
 		{"our own sub-request", kitOptions{snapshot: full}, first{headers: []string{"x-baton-depth", "1"}}, chat, 508, "loop-detected", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
