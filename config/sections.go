@@ -18,13 +18,18 @@ type Disaggregation struct {
 	RewriteRemoteHost string            `yaml:"rewriteRemoteHost"` // auto (default) | never
 	Reclaim           bool              `yaml:"reclaim"`           // claim and drop a finished prefill whose client has left
 	// AcceptClientTransferFields lets clients send kv_transfer_params: only for pools whose callers orchestrate themselves.
-	AcceptClientTransferFields bool          `yaml:"acceptClientTransferFields"`
-	PairLabels                 []string      `yaml:"pairLabels"` // labels that prefill and decode must share
-	Prefill                    PrefillLimits `yaml:"prefill"`
-	Encode                     EncodeLimits  `yaml:"encode"`
-	RetryBudget                RetryBudget   `yaml:"retryBudget"`
-	Breaker                    Breaker       `yaml:"breaker"`
-	Transport                  Transport     `yaml:"transport"`
+	AcceptClientTransferFields bool     `yaml:"acceptClientTransferFields"`
+	PairLabels                 []string `yaml:"pairLabels"` // labels that prefill and decode must share
+	// ParallelLegs sends decode while prefill runs, with a connector that is serial by default and allows it (offloading).
+	ParallelLegs bool `yaml:"parallelLegs"`
+	// PullCachedPrefix lets an endpoint fetch a prompt's cached prefix from a third one (offloading's remote_kv_source).
+	PullCachedPrefix bool          `yaml:"pullCachedPrefix"`
+	Ports            Ports         `yaml:"ports"`
+	Prefill          PrefillLimits `yaml:"prefill"`
+	Encode           EncodeLimits  `yaml:"encode"`
+	RetryBudget      RetryBudget   `yaml:"retryBudget"`
+	Breaker          Breaker       `yaml:"breaker"`
+	Transport        Transport     `yaml:"transport"`
 }
 
 // PrefillLimits bounds prefill sub-requests.
@@ -34,6 +39,16 @@ type PrefillLimits struct {
 	Attempts                 int           `yaml:"attempts"`                  // 1–10, default 2
 	MaxConcurrentPerEndpoint int           `yaml:"maxConcurrentPerEndpoint"`  // 1 or more, default 64
 	MaxResponseBytes         int64         `yaml:"maxResponseBytes,quantity"` // default 1Mi
+}
+
+// Ports are the side channels that connectors name to engines, where an endpoint's label does not say otherwise
+// (package connectors lists the labels). 1–65535.
+type Ports struct {
+	SGLang      int `yaml:"sglang"`      // bootstrap server of prefill endpoints, default 8998
+	Mooncake    int `yaml:"mooncake"`    // VLLM_MOONCAKE_BOOTSTRAP_PORT of prefill endpoints, default 8998
+	P2P         int `yaml:"p2p"`         // VLLM_P2P_SIDE_CHANNEL_PORT, to which the data-parallel rank is added, default 5710
+	LMCacheInit int `yaml:"lmcacheInit"` // receiver of decode endpoints, default 7300
+	LMCacheData int `yaml:"lmcacheData"` // allocation port of the same, default 7400
 }
 
 // EncodeLimits bounds encode sub-requests.
@@ -91,6 +106,7 @@ func defaultDisaggregation() Disaggregation {
 		HandleMaxAge:      25 * time.Second,
 		RewriteRemoteHost: "auto",
 		PairLabels:        []string{},
+		Ports:             Ports{SGLang: 8998, Mooncake: 8998, P2P: 5710, LMCacheInit: 7300, LMCacheData: 7400},
 		Prefill: PrefillLimits{
 			Timeout:                  60 * time.Second,
 			ConnectTimeout:           time.Second,

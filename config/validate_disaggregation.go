@@ -41,6 +41,15 @@ func (v *validator) checkDisaggregation(d *Disaggregation) {
 	v.oneOf(at+"onFailure", d.OnFailure, "aggregate", "fail")
 	v.positive(at+"handleMaxAge", d.HandleMaxAge)
 	v.oneOf(at+"rewriteRemoteHost", d.RewriteRemoteHost, "auto", "never")
+	for _, port := range []struct {
+		name  string
+		value int
+	}{
+		{"sglang", d.Ports.SGLang}, {"mooncake", d.Ports.Mooncake}, {"p2p", d.Ports.P2P},
+		{"lmcacheInit", d.Ports.LMCacheInit}, {"lmcacheData", d.Ports.LMCacheData},
+	} {
+		within(v, at+"ports."+port.name, port.value, 1, math.MaxUint16)
+	}
 	for i, label := range d.PairLabels {
 		if label == "" {
 			v.fail(fmt.Sprintf("%spairLabels[%d]", at, i), "must name a label")

@@ -35,10 +35,15 @@ type Orchestrator interface {
 	Mode() string
 	Rank() int
 	DecodeAfter() bool
+	NeedsPrefill(decode *pool.Endpoint) bool
+	Encodes() bool
+	Pulls() bool
 	Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error)
-	Forward(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome, decode *pool.Endpoint)
+	Forward(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome, decode *pool.Endpoint) error
 	Transferred(ctx context.Context, out *sidecar.Outcome, served *pool.Endpoint, ok bool)
 	Abandon(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome, reason string)
+	Settle(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome) error
+	Leave(j *sidecar.Job, out *sidecar.Outcome, unseen bool)
 }
 
 // Options are a director's collaborators; all but Record are required.
@@ -123,6 +128,7 @@ func (d *Director) Begin(in *Incoming) (*Exchange, error) {
 		Request: req, Snapshot: d.opts.Snapshot(), Subset: in.Subset, Now: in.Start,
 		Seed: seed(req.ID, in.Start), Rank: d.opts.Orchestrator.Rank(), Reserve: true,
 	}
+	x.query.NeedsPrefill, x.query.Encodes, x.query.Pulls = d.opts.Orchestrator.NeedsPrefill, d.opts.Orchestrator.Encodes(), d.opts.Orchestrator.Pulls()
 	x.query.OnlyDecode, x.query.OnlyReason = d.onlyDecode(req)
 	x.decision, err = x.sched.Schedule(&x.query)
 	if err != nil {

@@ -39,9 +39,14 @@ type scripted struct {
 	traced    trace.SpanContext
 }
 
-func (s *scripted) Mode() string      { return "orchestrate" }
-func (s *scripted) Rank() int         { return 3 }
-func (s *scripted) DecodeAfter() bool { return s.after }
+func (s *scripted) Mode() string                                                 { return "orchestrate" }
+func (s *scripted) Rank() int                                                    { return 3 }
+func (s *scripted) DecodeAfter() bool                                            { return s.after }
+func (s *scripted) NeedsPrefill(*pool.Endpoint) bool                             { return false }
+func (s *scripted) Encodes() bool                                                { return false }
+func (s *scripted) Pulls() bool                                                  { return false }
+func (s *scripted) Settle(context.Context, *sidecar.Job, *sidecar.Outcome) error { return nil }
+func (s *scripted) Leave(*sidecar.Job, *sidecar.Outcome, bool)                   {}
 func (s *scripted) Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error) {
 	s.traced = trace.SpanContextFromContext(ctx)
 	j.PrefillLoad.Release()
@@ -51,8 +56,9 @@ func (s *scripted) Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, e
 	return &s.outcome, s.err
 }
 
-func (s *scripted) Forward(_ context.Context, _ *sidecar.Job, _ *sidecar.Outcome, decode *pool.Endpoint) {
+func (s *scripted) Forward(_ context.Context, _ *sidecar.Job, _ *sidecar.Outcome, decode *pool.Endpoint) error {
 	s.forwarded = append(s.forwarded, decode.Name)
+	return nil
 }
 func (s *scripted) Transferred(context.Context, *sidecar.Outcome, *pool.Endpoint, bool) {}
 func (s *scripted) Abandon(_ context.Context, _ *sidecar.Job, _ *sidecar.Outcome, reason string) {

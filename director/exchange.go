@@ -81,11 +81,22 @@ func (x *Exchange) Run(ctx context.Context) (*Answer, error) {
 		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "client_gone")
 		return nil, x.err
 	}
-	x.director.opts.Orchestrator.Forward(ctx, &x.job, x.outcome, x.decode)
+	if x.err = x.director.opts.Orchestrator.Forward(ctx, &x.job, x.outcome, x.decode); x.err != nil {
+		return nil, x.fail()
+	}
 	x.decision.Learn(x.decode, x.outcome.Prefiller)
 	x.decided = time.Since(x.start)
 	x.answered = true
 	return x.answer(), nil
+}
+
+// Pending is closed when the prefill that runs beside decode is over; nil when there is none. Then call Settle.
+func (x *Exchange) Pending() <-chan struct{} { return x.outcome.Pending() }
+
+// Settle takes over what the prefill beside decode came to, once Pending is closed. An error (*sidecar.PhaseError) means
+// that decode waits in vain: the client must be answered now.
+func (x *Exchange) Settle(ctx context.Context) error {
+	return x.director.opts.Orchestrator.Settle(ctx, &x.job, x.outcome)
 }
 
 func (x *Exchange) fail() error {

@@ -112,6 +112,8 @@ type State struct {
 	metrics atomic.Pointer[Metrics] // written by that endpoint's scrape loop only
 	Load    Load
 	Health  Health
+	Pace    Pace
+	Warm    Warm // the prefill endpoints that this one, decoding, has fetched from
 }
 
 // Metrics returns the last scraped values; never nil, the zero Metrics when nothing was scraped yet.

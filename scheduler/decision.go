@@ -34,6 +34,14 @@ type Query struct {
 	OnlyDecode bool
 	// OnlyReason is put into the skipped phases' Reason.
 	OnlyReason string
+	// NeedsPrefill tells of a decode endpoint that cannot serve a prompt which was not prefilled elsewhere (SGLang in
+	// decode mode): there the prefill phase runs whatever the decider or OnlyDecode say. Nil = there is none.
+	NeedsPrefill func(decode *pool.Endpoint) bool
+	// Encodes says that encode endpoints can be asked: without it the encode phase does not run. With it, that phase
+	// ranks every endpoint it has left, MaxEncoders at most: items are spread over them.
+	Encodes bool
+	// Pulls asks for [Pick.Source].
+	Pulls bool
 	// Rank is how many endpoints each phase must rank at least (attempts + 1), as far as there are so many.
 	Rank int
 	// Reserve asks for a reservation of load on the first endpoint of each phase ([Pick.Reservation]), and for its probe
@@ -42,6 +50,14 @@ type Query struct {
 	// see the same idle endpoints.
 	Reserve bool
 }
+
+const (
+	// MaxEncoders bounds how many encode endpoints are ranked for one request.
+	MaxEncoders = 64
+	// MinSourceTokens is how many more prompt tokens a third endpoint must hold for a transfer to be worth it; vLLM's
+	// kv_recompute_threshold.
+	MinSourceTokens = 64
+)
 
 // Ranked is an endpoint in the order the picker wants it.
 type Ranked struct {
@@ -61,6 +77,9 @@ type Pick struct {
 	Wanted bool   // the decider wanted the phase, and no endpoint was there for it: Run is false
 	Reason string // why it runs or not: the decider's or filter's constant
 	Ranked []Ranked
+	// Source is the endpoint that holds the longest part of the prompt, where that is longer than what Ranked[0] holds by
+	// at least MinSourceTokens; nil otherwise, and unless Query.Pulls.
+	Source *pool.Endpoint
 	// Send is how many of Ranked, from the first, may be named to the gateway (the picker's maxNumOfEndpoints).
 	Send int
 	// Reservation counts the request on Ranked[0]; nil unless Query.Reserve was set. It belongs to the caller, who

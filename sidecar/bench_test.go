@@ -94,7 +94,7 @@ func benchRun(tb testing.TB, r *rig, j *Job) {
 	if err != nil || !out.HasHandle {
 		tb.Fatalf("%+v, %v", out, err)
 	}
-	r.Forward(tb.Context(), j, out, j.Decode)
+	_ = r.Forward(tb.Context(), j, out, j.Decode)
 	if j.Body.Len() == 0 {
 		tb.Fatal("empty")
 	}

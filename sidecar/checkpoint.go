@@ -57,7 +57,7 @@ func (o *Orchestrator) reach(ctx context.Context, out *Outcome, c Checkpoint) {
 // told of; afterwards out and the edits in j.Body are final. It keeps the handle's rules: one that is too old, that
 // was forwarded before or that decode's engine cannot read is taken out again, counted as leaked, and decode goes on
 // alone. It never waits.
-func (o *Orchestrator) Forward(ctx context.Context, j *Job, out *Outcome, decode *pool.Endpoint) {
+func (o *Orchestrator) Forward(ctx context.Context, j *Job, out *Outcome, decode *pool.Endpoint) error {
 	s := o.settings.Load()
 	switch {
 	case out.HasHandle && out.decode != nil:
@@ -77,6 +77,7 @@ func (o *Orchestrator) Forward(ctx context.Context, j *Job, out *Outcome, decode
 	if out.Checkpoint == PrefillComplete && out.Prefiller != nil {
 		o.reach(ctx, out, DecodeForwarded)
 	}
+	return nil
 }
 
 // Transferred is told how the decode endpoint served a forwarded request: with the headers of its answer, ok when

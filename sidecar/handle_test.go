@@ -48,11 +48,11 @@ func (r *rig) alone(j *Job, out *Outcome, reason string) {
 func TestHandleLeavesOnce(t *testing.T) {
 	r, j, out := prefilled(t, nil)
 	d2 := r.add("d2", "decode", "10.9.9.2:8000")
-	r.Forward(t.Context(), j, out, d2) // decode was picked anew: that alone is no second use
+	_ = r.Forward(t.Context(), j, out, d2) // decode was picked anew: that alone is no second use
 	if !out.HasHandle || out.Checkpoint != DecodeForwarded {
 		t.Fatalf("%+v", out)
 	}
-	r.Forward(t.Context(), j, out, d2)
+	_ = r.Forward(t.Context(), j, out, d2)
 	r.alone(j, out, "handle_used")
 }
 
@@ -72,7 +72,7 @@ func TestHandleTooOld(t *testing.T) {
 		j := r.job(inference.Completions, clientBody, d, good)
 		out := r.run(j)
 		time.Sleep(25 * time.Second)
-		r.Forward(t.Context(), j, out, d)
+		_ = r.Forward(t.Context(), j, out, d)
 		if !out.HasHandle {
 			t.Error("25 s is not too old")
 		}
@@ -80,7 +80,7 @@ func TestHandleTooOld(t *testing.T) {
 		j = r.job(inference.Completions, clientBody, d, good)
 		out = r.run(j)
 		time.Sleep(25*time.Second + 1)
-		r.Forward(t.Context(), j, out, d)
+		_ = r.Forward(t.Context(), j, out, d)
 		r.alone(j, out, "handle_expired")
 		r.Abandon(t.Context(), j, out, "client_gone")
 		r.want(1, "leaked_prefill_total")
@@ -100,7 +100,7 @@ func TestHandleForOtherEngine(t *testing.T) {
 	other := r.add("d2", "decode", "10.9.9.2:8000")
 	other.Engine = "sglang"
 	r.settings.Load().wires["sglang"] = wire{}
-	r.Forward(t.Context(), j, out, other)
+	_ = r.Forward(t.Context(), j, out, other)
 	r.alone(j, out, "engine_mismatch")
 }
 
@@ -112,7 +112,7 @@ func TestForwardElsewhere(t *testing.T) {
 	}
 	withSidecar := r.add("d2", "decode", "10.9.9.2:8000")
 	withSidecar.Sidecar = pool.SidecarPresent
-	r.Forward(t.Context(), j, out, withSidecar)
+	_ = r.Forward(t.Context(), j, out, withSidecar)
 	if len(out.Headers) != 0 || !out.HasHandle {
 		t.Errorf("%+v", out)
 	}
@@ -125,7 +125,7 @@ func TestForwardElsewhere(t *testing.T) {
 	if err != nil || len(out.Headers) != 1 {
 		t.Fatalf("%+v, %v", out, err)
 	}
-	r.Forward(t.Context(), j, out, r.add("d2", "decode", "10.9.9.2:8000"))
+	_ = r.Forward(t.Context(), j, out, r.add("d2", "decode", "10.9.9.2:8000"))
 	if len(out.Headers) != 0 || out.Name != "fallback-decode_changed" {
 		t.Errorf("%+v", out)
 	}
@@ -136,7 +136,7 @@ func TestTransferred(t *testing.T) {
 	r, j, out := prefilled(t, nil)
 	r.Transferred(t.Context(), out, j.Decode, true) // not forwarded yet
 	r.want(0, "checkpoints_total", "TRANSFER_COMPLETE")
-	r.Forward(t.Context(), j, out, j.Decode)
+	_ = r.Forward(t.Context(), j, out, j.Decode)
 	r.Transferred(t.Context(), out, j.Decode, true)
 	r.Transferred(t.Context(), out, j.Decode, false)
 	r.want(1, "checkpoints_total", "TRANSFER_COMPLETE")
@@ -146,7 +146,7 @@ func TestTransferred(t *testing.T) {
 	}
 
 	r, j, out = prefilled(t, nil)
-	r.Forward(t.Context(), j, out, j.Decode)
+	_ = r.Forward(t.Context(), j, out, j.Decode)
 	r.Transferred(t.Context(), out, r.add("d2", "decode", "10.9.9.2:8000"), true)
 	r.want(1, "handle_misrouted_total")
 	r.want(0, "checkpoints_total", "TRANSFER_COMPLETE")
@@ -168,7 +168,7 @@ func TestAbandon(t *testing.T) {
 	f("whatever a client wrote", "other")
 
 	r, j, out := prefilled(t, nil)
-	r.Forward(t.Context(), j, out, j.Decode)
+	_ = r.Forward(t.Context(), j, out, j.Decode)
 	r.Transferred(t.Context(), out, nil, true)
 	r.Abandon(t.Context(), j, out, "client_gone") // decode has it: the engines settle that
 	r.Abandon(t.Context(), j, nil, "client_gone")
@@ -182,7 +182,7 @@ func TestAbandonAfterForward(t *testing.T) {
 	f := func(reason string, leaks float64) {
 		t.Helper()
 		r, j, out := prefilled(t, func(c *config.Disaggregation) { c.Reclaim = true })
-		r.Forward(t.Context(), j, out, j.Decode)
+		_ = r.Forward(t.Context(), j, out, j.Decode)
 		j.Body = nil // the director has dropped it by then
 		r.Abandon(t.Context(), j, out, reason)
 		r.Abandon(t.Context(), j, out, reason)

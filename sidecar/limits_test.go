@@ -293,7 +293,7 @@ func TestBreakerOfPair(t *testing.T) {
 	d1, d2 := r.add("d1", "decode", "10.9.9.1:8000"), r.add("d2", "decode", "10.9.9.2:8000")
 	serve := func(d *pool.Endpoint, ok bool) *pool.Endpoint {
 		out := r.run(r.job(inference.Completions, clientBody, d, p1, p2))
-		r.Forward(t.Context(), r.job(inference.Completions, clientBody, d), out, d)
+		_ = r.Forward(t.Context(), r.job(inference.Completions, clientBody, d), out, d)
 		r.Transferred(t.Context(), out, d, ok)
 		return out.Prefiller
 	}

@@ -30,21 +30,56 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
 )
 
-// Connector is one wire. Implementations hold no state of requests and are safe for concurrent use.
+// Connector is one wire. Implementations hold no state of requests and are safe for concurrent use. What only some wires
+// need are the optional interfaces [Introducer], [Aborter], [Asker] and [Puller].
 type Connector interface {
 	// Prefill makes the client's body into that of the prefill leg. body is a fresh list of edits; what the client
 	// sent in transfer fields is removed from it already.
 	Prefill(x *Exchange, body *inference.Edits)
 	// Answer reads the body of a 200 that answered the prefill leg. It keeps no part of answer.
 	Answer(x *Exchange, answer []byte) Answer
-	// Decode puts into the decode leg's body what lets it find the blocks. handle is what Answer returned.
+	// Decode puts into the decode leg's body what lets it find the blocks. handle is what Answer returned; nil where
+	// decode is sent before the prefill answered.
 	Decode(x *Exchange, handle []byte, body *inference.Edits)
 	// Withdraw takes back what Decode did: the decode endpoint is to compute everything itself.
 	Withdraw(x *Exchange, body *inference.Edits)
+}
+
+// Introducer is a connector that asks each prefill endpoint something once, before its first prefill: what it said is
+// kept as long as the pod lives, and dropped when a prefill or transfer there fails.
+type Introducer interface {
+	// Introduce names the GET request: a port of the prefill endpoint's own address, and a path.
+	Introduce(x *Exchange) (port uint16, path string)
+	// Introduced checks the body of the 200; a good one is [Exchange].Facts from then on.
+	Introduced(answer []byte) error
+}
+
+// Aborter is a connector whose engines need a request of their own to let go of a decode that waits for a prefill which
+// failed.
+type Aborter interface {
+	// Abort returns path and body of the POST to the decode endpoint.
+	Abort(x *Exchange) (path string, body []byte)
+}
+
+// Asker is a connector that can find out from the decode endpoint whether it holds enough of the prompt: then no prefill
+// is needed.
+type Asker interface {
+	// Ask makes the client's body into the question; false = this request does not ask.
+	Ask(x *Exchange, body *inference.Edits) bool
+	// Enough reads the body of the 200 that answered it.
+	Enough(x *Exchange, answer []byte) bool
+}
+
+// Puller is a connector by which an endpoint can fetch the cached part of a prompt from a third one, [Exchange].Source.
+type Puller interface {
+	// Pull writes that into the body of a request which is served by decode alone. Connector.Prefill does the same for
+	// the prefill leg by itself.
+	Pull(x *Exchange, body *inference.Edits)
 }
 
 // Exchange is one prefill for one request: the same value for every method, made anew for each attempt.
@@ -52,10 +87,19 @@ type Exchange struct {
 	Request   *inference.Request
 	Prefiller *pool.Endpoint
 	Decode    *pool.Endpoint // the pick so far; nil while there is none
+	// Source is an endpoint that holds more of the prompt than the one that is to compute it; nil when there is none or
+	// nobody may pull (disaggregation.pullCachedPrefix).
+	Source *pool.Endpoint
 	// RewriteHost lets a loopback name in a handle be replaced by the prefiller's address.
 	RewriteHost bool
-	// Ticket is what a rendezvous connector minted in Prefill for its Decode.
+	Ports       config.Ports
+	// Facts is what the prefill endpoint answered to an [Introducer].
+	Facts []byte
+	// Ticket is what a rendezvous connector minted in Prefill for its Decode, Answer and Abort.
 	Ticket string
+	// Rank is set by Prefill to the data-parallel rank that the prefill leg asks for (X-data-parallel-rank); -1 before
+	// it, and for none.
+	Rank int
 }
 
 // Verdict is what a prefill's answer means.
@@ -82,6 +126,7 @@ type Answer struct {
 	Verdict      Verdict
 	Handle       []byte // for Decode, an own copy; nil unless Ready
 	PromptTokens int64  // tokens whose blocks the prefill endpoint holds now; 0 when it did not say
+	CachedTokens int64  // of these, found in its prefix cache (usage.prompt_tokens_details.cached_tokens); -1 when it did not say
 	Rewritten    bool   // a loopback name was replaced by the prefiller's address
 }
 
@@ -99,10 +144,19 @@ type Traits struct {
 	Name   string
 	Proven string // real engine, from source or unconfirmed (docs/design.md 3.3)
 	Shape  Shape
-	// NeedsDecode says that the decode endpoint must be known before prefill starts.
+	// Overlaps says that a Serial wire may be run as a Rendezvous (disaggregation.parallelLegs).
+	Overlaps bool
+	// NeedsDecode says that the decode endpoint must be known before prefill starts: what it prefilled is for that
+	// endpoint only.
 	NeedsDecode bool
 	// Aggregates says that a decode endpoint does the prefill itself when it is told nothing.
 	Aggregates bool
+	// Claims says that blocks stay held at the prefill endpoint until the decode leg takes them, which it can once.
+	Claims bool
+	// EndsDecode says that a decode whose prefill failed waits in vain and is ended at once; otherwise it helps itself.
+	EndsDecode bool
+	// Bars are the properties of a request that this wire cannot carry.
+	Bars inference.Bar
 	// APIs lists the APIs whose bodies the wire can be spliced into.
 	APIs []inference.API
 }

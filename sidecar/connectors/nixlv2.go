@@ -52,7 +52,7 @@ func (nixlv2) Answer(x *Exchange, answer []byte) Answer {
 	var scanner inference.UsageScanner
 	scanner.Feed(answer)
 	usage := scanner.Usage()
-	a := Answer{PromptTokens: usage.PromptTokens}
+	a := Answer{PromptTokens: usage.PromptTokens, CachedTokens: -1}
 	switch {
 	case usage.FinishReason == "error":
 		a.Verdict = Failed
