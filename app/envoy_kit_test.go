@@ -115,7 +115,13 @@ func (s *stack) writeEndpoints(engines ...*simulate.Engine) {
 	s.t.Helper()
 	var lines []string
 	for _, e := range engines {
-		lines = append(lines, endpointLines(e.Name(), e.Addr(), e.Role()))
+		line := endpointLines(e.Name(), e.Addr(), e.Role())
+		for name, value := range e.Labels() {
+			if !strings.Contains(line, name+":") {
+				line += fmt.Sprintf("    %s: %q\n", name, value)
+			}
+		}
+		lines = append(lines, line)
 	}
 	s.writeEndpointLines(lines...)
 }

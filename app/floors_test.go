@@ -69,7 +69,7 @@ var trees = []string{"simulate", "bench", "manifests", "docs", "internal"}
 
 // thirdParty names modules that have one room each; bench is free to use all.
 var thirdParty = map[string][]string{
-	"github.com/envoyproxy/go-control-plane": {"extproc*", "bench*"},
+	"github.com/envoyproxy/go-control-plane": {"extproc*", "bench*", "internal*"},
 	"k8s.io/client-go":                       {"datastore*", "app*", "bench*"},
 }
 

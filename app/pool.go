@@ -48,7 +48,7 @@ func (a *App) buildPool() error {
 	}
 	a.store, err = datastore.New(datastore.Options{
 		Source: source, PoolName: name, MetricsNames: a.opts.MetricsNames, OnChange: []func(*pool.Snapshot){a.poolChanged},
-		Forget: func(e *pool.Endpoint) { a.scheduler.Forget(e.Slot) }, Logger: a.opts.Logger, Registerer: a.registry,
+		Forget: a.forget, Logger: a.opts.Logger, Registerer: a.registry,
 	})
 	return err
 }
@@ -57,6 +57,12 @@ func (a *App) buildPool() error {
 func (a *App) poolChanged(snap *pool.Snapshot) {
 	a.scraper.Sync(snap)
 	a.health.set(snap.Synced)
+}
+
+// forget drops what is known by the slot of an endpoint that left, before another one gets it.
+func (a *App) forget(gone *pool.Endpoint) {
+	a.scheduler.Forget(gone.Slot)
+	a.store.Snapshot().ForgetSlot(gone.Slot)
 }
 
 // newScheduler builds a scheduler of all plugin registries.

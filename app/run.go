@@ -200,6 +200,8 @@ func (a *App) drain(ctx context.Context) {
 		wait(ctx, a.opts.DrainDelay)
 	}
 	a.server.Drain()
+	rest, cancel := context.WithTimeout(ctx, a.opts.DrainTimeout)
+	defer cancel()
 	graceful := make(chan struct{})
 	go func() {
 		defer close(graceful)
@@ -222,6 +224,7 @@ func (a *App) drain(ctx context.Context) {
 		}
 		<-graceful
 	}
+	a.orchestrator.Shutdown(rest) // prefills whose decode the gateway has, and whose streams it ended
 	a.healthServer.Stop()
 	if a.metricsServer != nil {
 		_ = a.metricsServer.Close() // followers of /debug/decisions are cut

@@ -8,6 +8,8 @@
 //	bench farm    endpoints that serve vLLM's real metrics page, not counted
 //	bench load    a client that speaks ext_proc as Envoy does, not counted
 //
+// "bench orchestrate" is a measurement of its own: what it costs that Baton issues the prefill itself.
+//
 // Times are reported beside their targets and never asserted; a request that goes wrong ends the run with an error.
 package main
 
@@ -49,6 +51,8 @@ func command(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		return farmCommand(ctx, args[1:], stdin, stdout)
 	case partLoad:
 		return loadCommand(ctx, args[1:], stdin, stdout)
+	case "orchestrate":
+		return orchestrateCommand(ctx, args[1:], stdout, stderr)
 	}
 	o, err := parseOptions(args, stderr)
 	if err != nil {

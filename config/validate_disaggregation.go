@@ -8,9 +8,6 @@ import (
 	"strings"
 )
 
-// noEncoders is the warning about what has no effect yet.
-const noEncoders = "has no effect: encoder connectors are not built yet, and the encode phase never runs"
-
 // maxAttempts bounds attempts per phase: pickers rank one endpoint more than that.
 const maxAttempts = 10
 
@@ -31,10 +28,6 @@ func (v *validator) checkDisaggregation(d *Disaggregation) {
 	}
 	if d.ECConnector != "" {
 		v.oneOf(at+"ecConnector", d.ECConnector, "ec-example", "ec-nixl")
-		v.warn(at+"ecConnector", noEncoders)
-	}
-	if d.Encode != defaultDisaggregation().Encode {
-		v.warn(at+"encode", noEncoders)
 	}
 	v.positive(at+"budget", d.Budget)
 	v.oneOf(at+"decodePick", d.DecodePick, "before", "after")
@@ -45,8 +38,11 @@ func (v *validator) checkDisaggregation(d *Disaggregation) {
 		name  string
 		value int
 	}{
-		{"sglang", d.Ports.SGLang}, {"mooncake", d.Ports.Mooncake}, {"p2p", d.Ports.P2P},
-		{"lmcacheInit", d.Ports.LMCacheInit}, {"lmcacheData", d.Ports.LMCacheData},
+		{"sglang", d.Ports.SGLang},
+		{"mooncake", d.Ports.Mooncake},
+		{"p2p", d.Ports.P2P},
+		{"lmcacheInit", d.Ports.LMCacheInit},
+		{"lmcacheData", d.Ports.LMCacheData},
 	} {
 		within(v, at+"ports."+port.name, port.value, 1, math.MaxUint16)
 	}

@@ -24,7 +24,7 @@ import (
 )
 
 // DefaultEngine is the engine of an endpoint whose labels name none (the engines' sources, mid-2026).
-const DefaultEngine = "vllm"
+const DefaultEngine = pool.DefaultEngine
 
 // Wanted is one endpoint that a source wants in the pool.
 type Wanted struct {
@@ -194,7 +194,9 @@ func newEndpoint(w *Wanted, state *pool.State) *pool.Endpoint {
 		Role:      pool.ParseRole(w.Labels[pool.LabelRole]),
 		Sidecar:   w.Sidecar,
 		Engine:    cmp.Or(w.Labels[pool.LabelEngine], w.Labels[pool.LabelEngineGIE], DefaultEngine),
-		State:     state,
+
+		TensorParallel: pool.ParseTensorParallel(w.Labels[pool.LabelTensorParallel]),
+		State:          state,
 	}
 	if e.Sidecar == pool.SidecarUnknown {
 		switch w.Labels[pool.LabelSidecar] {
@@ -207,7 +209,7 @@ func newEndpoint(w *Wanted, state *pool.State) *pool.Endpoint {
 	return e
 }
 
-// equal compares what a source can change; role, engine and host:port follow from it.
+// equal compares what a source can change; role, engine, tensor parallel size and host:port follow from it.
 func equal(a, b *pool.Endpoint) bool {
 	return a.Namespace == b.Namespace && a.Name == b.Name && a.UID == b.UID && a.Addr == b.Addr && a.Rank == b.Rank &&
 		a.Sidecar == b.Sidecar && maps.Equal(a.Labels, b.Labels)

@@ -85,11 +85,11 @@ func TestStateFollowsUID(t *testing.T) {
 	}
 	// New labels: a new endpoint around the same state; a restarted pod: a new state in a slot of its own.
 	s.publish([]Wanted{
-		pod("a", "1", "10.0.0.1:8000", map[string]string{pool.LabelRole: "decode", pool.LabelSidecar: "true", pool.LabelEngineGIE: "sglang"}),
+		pod("a", "1", "10.0.0.1:8000", map[string]string{pool.LabelRole: "decode", pool.LabelSidecar: "true", pool.LabelEngineGIE: "sglang", pool.LabelTensorParallel: "4"}),
 		pod("b", "3", "10.0.0.2:8000", nil),
 	})
 	a2, b2 := s.Snapshot().Endpoints[0], s.Snapshot().Endpoints[1]
-	if a2 == a || a2.State != a.State || a2.Role != pool.RoleDecode || a2.Sidecar != pool.SidecarPresent || a2.Engine != "sglang" {
+	if a2 == a || a2.State != a.State || a2.Role != pool.RoleDecode || a2.Sidecar != pool.SidecarPresent || a2.Engine != "sglang" || a2.TensorParallel != 4 || a.TensorParallel != 0 {
 		t.Errorf("relabelled: %+v", a2)
 	}
 	if b2.State == b.State || b2.Slot != 2 {

@@ -36,20 +36,31 @@ type scripted struct {
 	during    func(j *sidecar.Job)
 	forwarded []string
 	abandoned []string
+	keepsLoad bool
+	left      []bool // what Leave was told of the response: unseen
+	settled   func(out *sidecar.Outcome) error
 	traced    trace.SpanContext
 }
 
-func (s *scripted) Mode() string                                                 { return "orchestrate" }
-func (s *scripted) Rank() int                                                    { return 3 }
-func (s *scripted) DecodeAfter() bool                                            { return s.after }
-func (s *scripted) NeedsPrefill(*pool.Endpoint) bool                             { return false }
-func (s *scripted) Encodes() bool                                                { return false }
-func (s *scripted) Pulls() bool                                                  { return false }
-func (s *scripted) Settle(context.Context, *sidecar.Job, *sidecar.Outcome) error { return nil }
-func (s *scripted) Leave(*sidecar.Job, *sidecar.Outcome, bool)                   {}
+func (s *scripted) Mode() string                     { return "orchestrate" }
+func (s *scripted) Rank() int                        { return 3 }
+func (s *scripted) DecodeAfter() bool                { return s.after }
+func (s *scripted) NeedsPrefill(*pool.Endpoint) bool { return false }
+func (s *scripted) Encodes() bool                    { return false }
+func (s *scripted) Pulls() bool                      { return false }
+func (s *scripted) Settle(_ context.Context, _ *sidecar.Job, out *sidecar.Outcome) error {
+	return s.settled(out)
+}
+
+func (s *scripted) Leave(_ *sidecar.Job, _ *sidecar.Outcome, unseen bool) {
+	s.left = append(s.left, unseen)
+}
+
 func (s *scripted) Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error) {
 	s.traced = trace.SpanContextFromContext(ctx)
-	j.PrefillLoad.Release()
+	if !s.keepsLoad {
+		j.PrefillLoad.Release()
+	}
 	if s.during != nil {
 		s.during(j)
 	}

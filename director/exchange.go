@@ -45,6 +45,7 @@ type Exchange struct {
 	prefillLoad *pool.Reservation
 	job         sidecar.Job
 	outcome     *sidecar.Outcome
+	sent        *Answer
 	err         error
 
 	start, firstByte     time.Time
@@ -69,6 +70,7 @@ func (x *Exchange) Run(ctx context.Context) (*Answer, error) {
 		Request: x.req, Decision: x.decision, Decode: x.decode, Body: x.edits, PrefillLoad: x.prefillLoad, Start: x.start,
 	}
 	x.outcome, x.err = x.director.opts.Orchestrator.Run(ctx, &x.job)
+	x.prefillLoad = nil // released by Run, or by the prefill that runs beside decode
 	if x.err != nil {
 		return nil, x.fail()
 	}
@@ -87,16 +89,29 @@ func (x *Exchange) Run(ctx context.Context) (*Answer, error) {
 	x.decision.Learn(x.decode, x.outcome.Prefiller)
 	x.decided = time.Since(x.start)
 	x.answered = true
-	return x.answer(), nil
+	x.sent = x.answer()
+	return x.sent, nil
 }
 
 // Pending is closed when the prefill that runs beside decode is over; nil when there is none. Then call Settle.
-func (x *Exchange) Pending() <-chan struct{} { return x.outcome.Pending() }
+func (x *Exchange) Pending() <-chan struct{} {
+	if x == nil {
+		return nil
+	}
+	return x.outcome.Pending()
+}
 
 // Settle takes over what the prefill beside decode came to, once Pending is closed. An error (*sidecar.PhaseError) means
-// that decode waits in vain: the client must be answered now.
+// that decode waits in vain: the client must be answered now. An outcome that changed is in the Answer, too.
 func (x *Exchange) Settle(ctx context.Context) error {
-	return x.director.opts.Orchestrator.Settle(ctx, &x.job, x.outcome)
+	if err := x.director.opts.Orchestrator.Settle(ctx, &x.job, x.outcome); err != nil {
+		x.err = err
+		return x.fail()
+	}
+	if x.sent != nil {
+		x.sent.Outcome = x.outcome.Name
+	}
+	return nil
 }
 
 func (x *Exchange) fail() error {
@@ -105,11 +120,11 @@ func (x *Exchange) fail() error {
 }
 
 // settleDecode makes sure the decode endpoint is still the one that was picked, and finds another where it is gone: the
-// next ranked one, then one more run of the decode profile (docs/design.md 3.4). With decodePick: after, a finished prefill
-// always leads to a new run, on the loads of now.
+// next ranked one, then one more run of the decode profile (docs/design.md 3.4). With decodePick: after, a prefill that is
+// over, or beside decode under way, always leads to a new run, on the loads of now, unless it was made for one endpoint.
 func (x *Exchange) settleDecode(ctx context.Context) error {
 	snap := x.director.opts.Snapshot()
-	after := x.outcome.HasHandle && x.director.opts.Orchestrator.DecodeAfter()
+	after := x.outcome.Delivered() && !x.outcome.Fixed() && x.director.opts.Orchestrator.DecodeAfter()
 	if !after && (len(x.outcome.Attempts) == 0 && snap == x.query.Snapshot || x.fits(snap, x.decode)) {
 		return nil
 	}
@@ -139,7 +154,7 @@ func (x *Exchange) settleDecode(ctx context.Context) error {
 
 // fits reports whether the very pod picked is still there, answers, and can decode what was prefilled.
 func (x *Exchange) fits(snap *pool.Snapshot, e *pool.Endpoint) bool {
-	if x.outcome.HasHandle && x.outcome.Prefiller != nil && !x.sched.Pairs(x.outcome.Prefiller, e) {
+	if x.outcome.Delivered() && !x.sched.Pairs(x.outcome.Prefiller, e) {
 		return false
 	}
 	now := snap.ByAddr(e.Addr)
@@ -152,13 +167,13 @@ func (x *Exchange) moveDecode(to *pool.Endpoint, tokens int64) {
 	x.job.Decode = to
 }
 
-// answer is what the gateway is told. A request that carries a handle names one destination only.
+// answer is what the gateway is told. A request that was prefilled for its destination names that one only.
 func (x *Exchange) answer() *Answer {
 	a := &Answer{
 		Destination: x.decode.Hostport, Set: x.outcome.Headers, Outcome: x.outcome.Name,
 		ResponseSet: x.sched.ResponseHeaders(x.decode),
 	}
-	if send := x.decision.Phase(scheduler.PhaseDecode).Send; send > 1 && !x.outcome.HasHandle {
+	if send := x.decision.Phase(scheduler.PhaseDecode).Send; send > 1 && !x.outcome.Bound() {
 		a.Destination = x.fallbackList(send)
 	}
 	if x.edits != nil && !x.edits.Empty() {
@@ -191,6 +206,10 @@ func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status in
 	} else {
 		x.director.opts.Orchestrator.Transferred(ctx, x.outcome, e, status < 500)
 	}
+	if status >= 400 && x.Pending() != nil {
+		x.director.opts.Orchestrator.Leave(&x.job, x.outcome, false) // decode takes no blocks any more
+	}
+	x.learnPace(e, now)
 	switch {
 	case e == nil:
 	case status >= 500:
@@ -231,6 +250,15 @@ func (x *Exchange) ForgetBody() {
 	x.req.Body, x.edits, x.job.Body = inference.Body{}, nil, nil
 }
 
+// CachedTokens is how many of the prompt's tokens the prefill found in its cache, for the client to be told instead of what
+// decode says, which with some engines counts every transferred token; below 0 where decode's word stands.
+func (x *Exchange) CachedTokens() int64 {
+	if x == nil || x.outcome == nil || !x.outcome.HasHandle || x.outcome.Name != "disaggregated" {
+		return -1
+	}
+	return x.outcome.CachedTokens
+}
+
 // Usage notes what the response body said, where the gateway shows bodies.
 func (x *Exchange) Usage(u inference.Usage, responseBytes int) {
 	x.usage, x.respBytes = u, responseBytes
@@ -249,6 +277,7 @@ func (x *Exchange) Done(end End) {
 		x.answered = false // the answer was made and could not be sent
 		x.director.opts.Orchestrator.Abandon(context.Background(), &x.job, x.outcome, "not_sent")
 	}
+	x.director.opts.Orchestrator.Leave(&x.job, x.outcome, end == EndUnseen)
 	if end == EndUnseen && x.answered {
 		x.decodeLoad.ReleaseTokens()
 		x.decodeLoad.Expire(now, x.director.predictedDecode(x.req))

@@ -5,11 +5,13 @@ package director
 import (
 	"log/slog"
 	"math"
+	"net/http"
 	"sync/atomic"
 	"time"
 
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
+	"github.com/baton-epp/baton/scheduler"
 )
 
 // ewma is an exponentially weighted mean that may be read and fed from any goroutine; a lost update is harmless.
@@ -32,6 +34,31 @@ func (e *ewma) feed(sample float64) {
 func (d *Director) learn(x *Exchange, now time.Time) {
 	if x.usage.Seen && x.usage.CompletionTokens > 1 && !x.firstByte.IsZero() {
 		d.perToken.feed(now.Sub(x.firstByte).Seconds() / float64(x.usage.CompletionTokens))
+	}
+}
+
+// learnPace takes from the first byte of a stream how fast the decode endpoint gets there: by computing the prompt, or by
+// fetching its KV blocks. An answer that is not streamed says nothing of that, nor does one that waited for a prefill
+// beside it.
+func (x *Exchange) learnPace(served *pool.Endpoint, now time.Time) {
+	if x.done || !x.req.Stream || x.status != http.StatusOK || served == nil || served.State != x.decode.State || x.outcome.Overlaps() {
+		return
+	}
+	took := now.Sub(x.start) - x.decided
+	switch {
+	case x.outcome.HasHandle:
+		tokens := x.outcome.PrefillTokens
+		if tokens <= 0 {
+			tokens = int64(x.req.PromptTokens())
+		}
+		x.decode.Pace.Received(tokens, took)
+	case x.outcome.Prefiller == nil:
+		for _, r := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
+			if r.Endpoint.State == x.decode.State {
+				x.decode.Pace.Prefilled(r.UncachedTokens, took)
+				return
+			}
+		}
 	}
 }
 

@@ -3,6 +3,7 @@
 package director
 
 import (
+	"strings"
 	"time"
 
 	"github.com/baton-epp/baton/inference"
@@ -20,12 +21,13 @@ type Record struct {
 	Outcome      string            `json:"outcome"`
 	Error        string            `json:"error,omitempty"`
 	Profiles     []ProfileRecord   `json:"profiles"`
-	Picks        map[string]string `json:"picks"`   // phase → endpoint
+	Picks        map[string]string `json:"picks"`   // phase → endpoint; of encode all who worked, with commas
 	Reasons      map[string]string `json:"reasons"` // phase → why it ran or not
 	Attempts     []AttemptRecord   `json:"attempts"`
 	Checkpoint   string            `json:"checkpoint"`
-	Status       int               `json:"status"` // of the response, 0 where it was not seen
-	Served       string            `json:"served"` // ip:port the gateway reported
+	Leaked       string            `json:"leaked,omitempty"` // why nobody claims the blocks of a finished prefill
+	Status       int               `json:"status"`           // of the response, 0 where it was not seen
+	Served       string            `json:"served"`           // ip:port the gateway reported
 	Seconds      SecondsRecord     `json:"seconds"`
 }
 
@@ -62,7 +64,8 @@ type AttemptRecord struct {
 // SecondsRecord are the request's times, in seconds from its first byte.
 type SecondsRecord struct {
 	Schedule  float64 `json:"schedule"`   // until the picks were made
-	Prefill   float64 `json:"prefill"`    // spent in sub-requests
+	Encode    float64 `json:"encode"`     // spent in the encode phase, whose sub-requests overlap
+	Prefill   float64 `json:"prefill"`    // spent in prefill sub-requests
 	Decision  float64 `json:"decision"`   // until the answer
 	FirstByte float64 `json:"first_byte"` // until response headers; 0 where they were not seen
 	Total     float64 `json:"total"`
@@ -107,12 +110,26 @@ func newRecord(x *Exchange, now time.Time) *Record {
 
 func recordOutcome(r *Record, x *Exchange) {
 	r.Outcome, r.Checkpoint = x.outcome.Name, x.outcome.Checkpoint.String()
+	r.Leaked = x.outcome.Leaked
 	if x.outcome.Prefiller != nil {
 		r.Picks["prefill"] = x.outcome.Prefiller.ID()
 	}
+	if len(x.outcome.Encoders) > 0 {
+		ids := make([]string, len(x.outcome.Encoders))
+		for i, e := range x.outcome.Encoders {
+			ids[i] = e.ID()
+		}
+		r.Picks["encode"] = strings.Join(ids, ",")
+	}
+	if x.outcome.EncodeReason != "" {
+		r.Reasons["encode"] = x.outcome.EncodeReason
+	}
+	r.Seconds.Encode = x.outcome.EncodeTime.Seconds()
 	for i := range x.outcome.Attempts {
 		a := &x.outcome.Attempts[i]
-		r.Seconds.Prefill += a.Duration.Seconds()
+		if a.Phase == scheduler.PhasePrefill {
+			r.Seconds.Prefill += a.Duration.Seconds()
+		}
 		r.Attempts = append(r.Attempts, AttemptRecord{
 			Phase: a.Phase.String(), Endpoint: a.Endpoint.ID(), Attempt: a.Number, Status: a.Status, Reason: a.Reason, Seconds: a.Duration.Seconds(),
 		})

@@ -116,6 +116,17 @@ func streamedResponseBody(chunk []byte, last bool) *extprocv3.ProcessingResponse
 	return &extprocv3.ProcessingResponse{Response: &extprocv3.ProcessingResponse_ResponseBody{ResponseBody: streamedBody(chunk, last)}}
 }
 
+// replacedResponseBody replaces the message's body where bodies are STREAMED or BUFFERED; nil bytes would leave it as it is.
+func replacedResponseBody(body []byte) *extprocv3.ProcessingResponse {
+	mutation := &extprocv3.BodyMutation{Mutation: &extprocv3.BodyMutation_Body{Body: body}}
+	if len(body) == 0 {
+		mutation.Mutation = &extprocv3.BodyMutation_ClearBody{ClearBody: true}
+	}
+	return &extprocv3.ProcessingResponse{Response: &extprocv3.ProcessingResponse_ResponseBody{ResponseBody: &extprocv3.BodyResponse{
+		Response: &extprocv3.CommonResponse{BodyMutation: mutation},
+	}}}
+}
+
 func streamedBody(chunk []byte, last bool) *extprocv3.BodyResponse {
 	return &extprocv3.BodyResponse{Response: &extprocv3.CommonResponse{BodyMutation: &extprocv3.BodyMutation{
 		Mutation: &extprocv3.BodyMutation_StreamedResponse{StreamedResponse: &extprocv3.StreamedBodyResponse{Body: chunk, EndOfStream: last}},

@@ -70,7 +70,9 @@ func newKit(t *testing.T, o kitOptions) *kit {
 	})).(*scheduler.Scheduler)
 	orchestrator := o.orchestrat
 	if orchestrator == nil {
-		orchestrator = must(t)(sidecar.New(sidecar.Options{Config: c.Disaggregation, Registerer: k.registry, Snapshot: snapshot})).(director.Orchestrator)
+		own := must(t)(sidecar.New(sidecar.Options{Config: c.Disaggregation, Registerer: k.registry, Snapshot: snapshot})).(*sidecar.Orchestrator)
+		t.Cleanup(own.Close)
+		orchestrator = own
 	}
 	log := slog.New(slog.DiscardHandler)
 	d := must(t)(director.New(director.Options{

@@ -19,6 +19,7 @@ type metrics struct {
 	unexpected prometheus.Counter
 	panics     prometheus.Counter
 	cut        prometheus.Counter
+	corrected  prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -30,6 +31,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		unexpected: prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_unexpected_messages_total", Help: "Messages that do not belong where they came."}),
 		panics:     prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_panics_total", Help: "Panics recovered in streams."}),
 		cut:        prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_streams_cut_total", Help: "Streams still open at the end of the drain time, which were cut."}),
+		corrected:  prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_extproc_usage_corrected_total", Help: "Responses whose count of cached tokens was overwritten by the prefill's."}),
 		ends:       map[string]prometheus.Counter{}, visible: map[string]prometheus.Gauge{},
 	}
 	for i := range statuses {
@@ -48,7 +50,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	openGauge := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "baton_extproc_streams_open", Help: "ext_proc streams open now."},
 		func() float64 { return float64(m.open.Load()) })
-	reg.MustRegister(m.streams, m.cut, m.refusals, m.unexpected, m.panics, ends, visible, openGauge)
+	reg.MustRegister(m.streams, m.cut, m.corrected, m.refusals, m.unexpected, m.panics, ends, visible, openGauge)
 	return m
 }
 

@@ -31,9 +31,20 @@ func (s *scripted) DecodeAfter() bool { return false }
 func (s *scripted) Run(ctx context.Context, j *sidecar.Job) (*sidecar.Outcome, error) {
 	return s.run(ctx, j)
 }
-func (s *scripted) Forward(context.Context, *sidecar.Job, *sidecar.Outcome, *pool.Endpoint) {}
-func (s *scripted) Transferred(context.Context, *sidecar.Outcome, *pool.Endpoint, bool)     {}
-func (s *scripted) Abandon(context.Context, *sidecar.Job, *sidecar.Outcome, string)         {}
+
+func (s *scripted) Forward(context.Context, *sidecar.Job, *sidecar.Outcome, *pool.Endpoint) error {
+	return nil
+}
+func (s *scripted) Transferred(context.Context, *sidecar.Outcome, *pool.Endpoint, bool) {}
+func (s *scripted) Abandon(context.Context, *sidecar.Job, *sidecar.Outcome, string)     {}
+func (s *scripted) NeedsPrefill(*pool.Endpoint) bool                                    { return false }
+
+func (s *scripted) Encodes() bool { return false }
+
+func (s *scripted) Pulls() bool { return false }
+
+func (s *scripted) Settle(context.Context, *sidecar.Job, *sidecar.Outcome) error { return nil }
+func (s *scripted) Leave(*sidecar.Job, *sidecar.Outcome, bool)                   {}
 
 func TestPanicIsAnswered500(t *testing.T) {
 	k := newKit(t, kitOptions{snapshot: three(), orchestrat: &scripted{run: func(context.Context, *sidecar.Job) (*sidecar.Outcome, error) {

@@ -24,6 +24,9 @@ type responsePhase struct {
 	bytes    int
 	usage    inference.UsageScanner
 	scanning bool
+	keeps    bool  // bytes may be held back: more messages come, or can be sent, before the response ends
+	counted  bool  // that usage was corrected
+	failure  error // why decode waits in vain
 }
 
 // respond is the response phase: echo what is shown, notice the end. first is the stream's first message where there was
@@ -32,14 +35,17 @@ func (st *stream) respond(first *extprocv3.ProcessingRequest) error {
 	st.requestOver = true
 	st.release()
 	recv := st.grpc.Recv
-	if st.responseMode == modeNone && first == nil {
-		recv = st.quietRecv()
+	if first == nil && (st.responseMode == modeNone || st.exchange.Pending() != nil) {
+		recv = st.wakefulRecv()
 	}
 	for {
 		msg := first
 		if first = nil; msg == nil {
 			var err error
 			if msg, err = recv(); err != nil {
+				if errors.Is(err, errSettled) {
+					return st.takeBack()
+				}
 				st.response.eof, st.response.drained = errors.Is(err, io.EOF), errors.Is(err, errDrained)
 				return nil
 			}
@@ -54,51 +60,6 @@ func (st *stream) respond(first *extprocv3.ProcessingRequest) error {
 	}
 }
 
-// errDrained ends a quiet stream that we end ourselves.
-var errDrained = errors.New("drained")
-
-// quietRecv is Recv for streams on which only the response headers and the end will come: it can be woken to drain.
-func (st *stream) quietRecv() func() (*extprocv3.ProcessingRequest, error) {
-	type received struct {
-		msg *extprocv3.ProcessingRequest
-		err error
-	}
-	// The channel holds all that can come, so the goroutine ends with the stream even when nobody listens any more.
-	arrived := make(chan received, 1)
-	done := st.grpc.Context().Done()
-	go func() {
-		for err := error(nil); err == nil; {
-			var r received
-			r.msg, r.err = st.grpc.Recv()
-			err = r.err
-			select {
-			case arrived <- r:
-				continue // tried alone first: how the stream ended must not be lost to a context that ends with it
-			default:
-			}
-			select {
-			case arrived <- r:
-			case <-done:
-				return
-			}
-		}
-	}()
-	return func() (*extprocv3.ProcessingRequest, error) {
-		draining := st.server.draining
-		if !st.response.headers {
-			draining = nil
-		}
-		select {
-		case r := <-arrived:
-			return r.msg, r.err
-		case <-draining:
-			return nil, errDrained
-		case <-st.server.cutting.Done():
-			return nil, errDrained
-		}
-	}
-}
-
 // onResponse handles one message and makes its answer; nil for messages that need none.
 func (st *stream) onResponse(msg *extprocv3.ProcessingRequest) *extprocv3.ProcessingResponse {
 	switch m := msg.GetRequest().(type) {
@@ -107,6 +68,9 @@ func (st *stream) onResponse(msg *extprocv3.ProcessingRequest) *extprocv3.Proces
 	case *extprocv3.ProcessingRequest_ResponseBody:
 		return st.onResponseBody(m.ResponseBody)
 	case *extprocv3.ProcessingRequest_ResponseTrailers:
+		if held := st.response.usage.Held(); len(held) > 0 && st.responseMode == modeDuplex && st.send(streamedResponseBody(held, false)) != nil {
+			return nil
+		}
 		st.finish()
 		return responseTrailersAnswer
 	case *extprocv3.ProcessingRequest_RequestTrailers:
@@ -125,8 +89,10 @@ func (st *stream) onResponse(msg *extprocv3.ProcessingRequest) *extprocv3.Proces
 func (st *stream) onResponseHeaders(msg *extprocv3.ProcessingRequest, h *extprocv3.HttpHeaders) *extprocv3.ProcessingResponse {
 	st.response.messages++
 	st.response.headers = true
-	status, scanning := readResponse(h)
+	status, scanning, trailers := readResponse(h)
 	st.response.scanning = scanning && st.responseMode != modeNone
+	// A STREAMED body cannot grow any more once trailers have come instead of its end.
+	st.response.keeps = st.responseMode == modeDuplex || st.responseMode == modeStreamed && !trailers
 	if st.exchange == nil {
 		return responseHeadersPass
 	}
@@ -140,16 +106,32 @@ func (st *stream) onResponseHeaders(msg *extprocv3.ProcessingRequest, h *extproc
 func (st *stream) onResponseBody(b *extprocv3.HttpBody) *extprocv3.ProcessingResponse {
 	st.response.messages++
 	st.response.bytes += len(b.GetBody())
+	body, changed := b.GetBody(), false
 	if st.response.scanning {
-		st.response.usage.Feed(b.GetBody())
+		body, changed = st.correct(body, b.GetEndOfStream())
 	}
 	if b.GetEndOfStream() {
 		st.finish()
 	}
-	if st.responseMode == modeDuplex {
-		return streamedResponseBody(b.GetBody(), b.GetEndOfStream())
+	switch {
+	case st.responseMode == modeDuplex:
+		return streamedResponseBody(body, b.GetEndOfStream())
+	case changed:
+		return replacedResponseBody(body)
+	default:
+		return responseBodyPass
 	}
-	return responseBodyPass
+}
+
+// correct reads usage, and writes the prefill's count of cached tokens over decode's, which may count what was transferred.
+func (st *stream) correct(chunk []byte, last bool) (body []byte, changed bool) {
+	u := &st.response.usage
+	body, changed = u.Correct(chunk, st.exchange.CachedTokens(), last || !st.response.keeps)
+	if u.Corrected() && !st.response.counted {
+		st.response.counted = true
+		st.server.metrics.corrected.Inc()
+	}
+	return body, changed
 }
 
 // finish notes the end of the response as soon as it is seen.
@@ -161,8 +143,8 @@ func (st *stream) finish() {
 	}
 }
 
-// readResponse reads the status, and whether the body is one whose usage can be read.
-func readResponse(h *extprocv3.HttpHeaders) (status int, scannable bool) {
+// readResponse reads the status, whether the body is one whose usage can be read, and whether trailers are announced.
+func readResponse(h *extprocv3.HttpHeaders) (status int, scannable, trailers bool) {
 	scannable = true
 	for _, hv := range h.GetHeaders().GetHeaders() {
 		switch hv.GetKey() {
@@ -170,7 +152,9 @@ func readResponse(h *extprocv3.HttpHeaders) (status int, scannable bool) {
 			status, _ = strconv.Atoi(headerValue(hv)) // 0 is what a missing status is, too
 		case "content-encoding":
 			scannable = headerValue(hv) == "identity"
+		case "trailer":
+			trailers = true
 		}
 	}
-	return status, scannable
+	return status, scannable, trailers
 }

@@ -2,7 +2,10 @@
 
 package inference
 
-import "io"
+import (
+	"io"
+	"slices"
+)
 
 // Edits is a list of changes to a request's body, made by splicing bytes: what is not changed leaves as it came, in
 // the order it came. Every method may be called any number of times; for one field the last call wins, and a field
@@ -14,6 +17,7 @@ type Edits struct {
 	strip    bool
 	top      []edit
 	sampling []edit
+	spans    []splice // the latest last
 
 	// What these make of the body, once built.
 	built   bool
@@ -50,6 +54,12 @@ func (e *Edits) Set(field string, jsonValue []byte) { e.change(&e.top, field, or
 // Remove removes all occurrences of a top-level field.
 func (e *Edits) Remove(field string) { e.change(&e.top, field, nil) }
 
+// Restore takes back what Set or Remove did to a top-level field.
+func (e *Edits) Restore(field string) {
+	e.built = false
+	e.top = slices.DeleteFunc(e.top, func(x edit) bool { return x.name == field })
+}
+
 // SetSampling is [Edits.Set] inside sampling_params, which is added when it is absent or null. Other values than an
 // object, such as SGLang's list, stay as they are; so does what Set or Remove did to sampling_params as a whole.
 func (e *Edits) SetSampling(field string, jsonValue []byte) {
@@ -58,6 +68,38 @@ func (e *Edits) SetSampling(field string, jsonValue []byte) {
 
 // RemoveSampling removes all occurrences of a field of sampling_params.
 func (e *Edits) RemoveSampling(field string) { e.change(&e.sampling, field, nil) }
+
+// Keep undoes what Set and Remove did to a top-level field.
+func (e *Edits) Keep(field string) {
+	e.built = false
+	e.top = slices.DeleteFunc(e.top, func(x edit) bool { return x.name == field })
+}
+
+// KeepSpans undoes what ReplaceSpan and AddMember did.
+func (e *Edits) KeepSpans() {
+	e.built = false
+	e.spans = nil
+}
+
+// ReplaceSpan puts one JSON value in place of another one, at any depth: of, such as a [Media.Part], is where that is in
+// the body that came, whatever else is edited. Of changes that overlap the outer one wins: replacing or removing a field
+// takes everything in it along. For one span the last call wins; an empty span is left alone. jsonValue is as for Set.
+func (e *Edits) ReplaceSpan(of Span, jsonValue []byte) {
+	if of.Start >= 0 && of.Start < of.End && of.End <= e.req.Body.Len {
+		e.built = false
+		e.spans = append(e.spans, splice{of, orNull(jsonValue)})
+	}
+}
+
+// AddMember puts a member at the beginning of an object that has others: a part of the prompt, as for ReplaceSpan, not
+// one of the objects whose fields have methods of their own. Nothing of the object is copied.
+func (e *Edits) AddMember(object Span, name string, jsonValue []byte) {
+	if object.Start >= 0 && object.Len() > 2 && object.End <= e.req.Body.Len {
+		e.built = false
+		x := edit{name: name, value: orNull(jsonValue)}
+		e.spans = append(e.spans, splice{Span{object.Start + 1, object.Start + 1}, append(appendField(nil, &x, false), ',')})
+	}
+}
 
 func (e *Edits) change(list *[]edit, field string, value []byte) {
 	e.built = false
@@ -102,40 +144,3 @@ func (e *Edits) Chunks() [][]byte {
 // Reader reads the edited body. It is cheap to make, and readers do not disturb each other, as http.Request.GetBody
 // asks; edits made later do not show in it.
 func (e *Edits) Reader() io.ReadCloser { return &chunkReader{chunks: e.Chunks()} }
-
-// A chunkReader reads chunks. It writes them out whole where it is asked to.
-type chunkReader struct {
-	chunks [][]byte
-	at     int // in the first chunk
-}
-
-func (r *chunkReader) Read(p []byte) (int, error) {
-	for len(r.chunks) > 0 {
-		if rest := r.chunks[0][r.at:]; len(rest) > 0 {
-			n := copy(p, rest)
-			r.at += n
-			return n, nil
-		}
-		r.chunks, r.at = r.chunks[1:], 0
-	}
-	return 0, io.EOF
-}
-
-func (r *chunkReader) WriteTo(w io.Writer) (int64, error) {
-	var total int64
-	for len(r.chunks) > 0 {
-		n, err := w.Write(r.chunks[0][r.at:])
-		total += int64(n)
-		r.at += n
-		if err != nil {
-			return total, err
-		}
-		r.chunks, r.at = r.chunks[1:], 0
-	}
-	return total, nil
-}
-
-func (r *chunkReader) Close() error {
-	r.chunks = nil
-	return nil
-}

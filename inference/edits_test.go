@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -165,6 +166,59 @@ func randomOperations(r *rand.Rand) (ops []operation, strip bool) {
 	return ops, r.IntN(2) == 0
 }
 
+// TestRestore takes an edit back as if it had not been made, duplicates included.
+func TestRestore(t *testing.T) {
+	r, err := Parse(Completions, split([]byte(`{"prompt":"a","n":1,"prompt":"b","kv_transfer_params":{}}`), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := r.Edit()
+	e.StripTransferFields()
+	e.Set("prompt", []byte(`[1]`))
+	e.Set("kv_transfer_params", []byte(`{"a":1}`))
+	e.Set("new", []byte(`1`))
+	e.Remove("n")
+	for _, field := range []string{"prompt", "kv_transfer_params", "new", "n", "never"} {
+		e.Restore(field)
+	}
+	if got, want := string(bytes.Join(e.Chunks(), nil)), `{"prompt":"a","n":1,"prompt":"b"}`; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// A spanOperation replaces a value, or adds a member to an object if it has a name.
+type spanOperation struct {
+	start, end  int
+	name, value string
+}
+
+// randomSpans chooses values of n, the root, to be replaced, and objects in the prompt to grow.
+func randomSpans(r *rand.Rand, n *node) (ops []spanOperation) {
+	for range r.IntN(4) {
+		prompt := false
+		for v := n; ; {
+			if v != n && (r.IntN(3) == 0 || len(v.vals) == 0) {
+				o := spanOperation{start: v.start, end: v.end, value: []string{`7`, `"é"`, `{"w":[]}`, `null`}[r.IntN(4)]}
+				if prompt && v.kind == '{' && len(v.vals) > 0 && r.IntN(2) == 0 {
+					o.name = "uuid"
+					ops = slices.DeleteFunc(ops, func(x spanOperation) bool { return x.name != "" && x.start == o.start })
+				}
+				ops = append(ops, o)
+				break
+			}
+			if len(v.vals) == 0 {
+				break
+			}
+			i := r.IntN(len(v.vals))
+			if v == n {
+				prompt = v.kind == '{' && !slices.Contains([]string{"sampling_params", "extra_args", "vllm_xargs"}, v.keys[i])
+			}
+			v = v.vals[i]
+		}
+	}
+	return ops
+}
+
 // checkEdits applies random edits and compares what comes out, member by member, with what should.
 func checkEdits(t *testing.T, api API, body, sizes []byte, seed uint64) {
 	t.Helper()
@@ -172,7 +226,9 @@ func checkEdits(t *testing.T, api API, body, sizes []byte, seed uint64) {
 	if err != nil || len(body) == 0 {
 		return
 	}
-	ops, strip := randomOperations(rand.New(rand.NewPCG(seed, 3)))
+	random := rand.New(rand.NewPCG(seed, 3))
+	ops, strip := randomOperations(random)
+	spans := randomSpans(random, oracle(body))
 	e := r.Edit()
 	if strip {
 		e.StripTransferFields()
@@ -190,21 +246,28 @@ func checkEdits(t *testing.T, api API, body, sizes []byte, seed uint64) {
 			e.Remove(o.name)
 		}
 	}
+	for _, o := range spans {
+		if o.name != "" {
+			e.AddMember(Span{o.start, o.end}, o.name, []byte(o.value))
+		} else {
+			e.ReplaceSpan(Span{o.start, o.end}, []byte(o.value))
+		}
+	}
 	edited := []byte(joined(e.Chunks()))
 	if e.Len() != len(edited) || joined(r.Body.Chunks) != string(body) {
 		t.Fatalf("%q: length %d of %d, or the body changed", body, e.Len(), len(edited))
 	}
 	root := oracle(edited)
 	if root == nil {
-		t.Fatalf("%q with %v became %q, which is no JSON", body, ops, edited)
+		t.Fatalf("%q with %v %v became %q, which is no JSON", body, ops, spans, edited)
 	}
 	if api == Unknown {
-		ops = nil
+		ops, spans = nil, nil
 	}
-	want := editor{body: body, strip: strip, ops: ops}.top(oracle(body))
+	want := editor{body: body, strip: strip, ops: ops, spans: spans}.top(oracle(body))
 	got := editor{body: edited}.top(root)
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Fatalf("%q\nwith %v strip %v became\n%q (-want +got)\n%s", body, ops, strip, edited, diff)
+		t.Fatalf("%q\nwith %v %v strip %v became\n%q (-want +got)\n%s", body, ops, spans, strip, edited, diff)
 	}
 	if strip {
 		again, err := Parse(Unknown, split(edited, nil))

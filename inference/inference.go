@@ -48,7 +48,7 @@ func (h Headers) Has(name string) bool {
 }
 
 // Body is a request or response body as the slices that arrived. The slices are never written to.
-type Body struct {
+type Body struct { //nolint:recvcheck // only Append changes it; the rest is asked of values, too
 	Chunks [][]byte
 	Len    int // total bytes
 }

@@ -10,6 +10,35 @@ type editor struct {
 	body  []byte
 	strip bool
 	ops   []operation
+	spans []spanOperation
+}
+
+// covered returns what was put in place of a value.
+func (e editor) covered(v *node) (string, bool) {
+	for _, o := range slices.Backward(e.spans) {
+		if o.name == "" && o.start == v.start && o.end == v.end {
+			return o.value, true
+		}
+	}
+	return "", false
+}
+
+// raw is a value with what was changed in it.
+func (e editor) raw(v *node) string {
+	if value, ok := e.covered(v); ok {
+		return value
+	}
+	out, at := []byte(nil), v.start
+	for _, o := range e.spans {
+		if o.name != "" && o.start == v.start {
+			out, at = []byte(`{"`+o.name+`":`+o.value+","), v.start+1
+		}
+	}
+	for _, inner := range v.vals {
+		out = append(append(out, e.body[at:inner.start]...), e.raw(inner)...)
+		at = inner.end
+	}
+	return string(append(out, e.body[at:v.end]...))
 }
 
 // last returns what the last operation on a field does.
@@ -80,7 +109,7 @@ func (e editor) members(n *node, level int, editable bool) []string {
 			out = append(out, raw)
 			out = append(out, e.nested(v, 2, false)...)
 		default:
-			out = append(out, raw, string(e.body[v.start:v.end]))
+			out = append(out, raw, e.raw(v))
 		}
 	}
 	for _, o := range e.ops {
@@ -108,6 +137,10 @@ func inserted(key, value string, level int) []string {
 }
 
 func (e editor) nested(v *node, level int, editable bool) []string {
+	if value, ok := e.covered(v); ok {
+		inner := editor{body: []byte(value)}
+		return inner.nested(oracle(inner.body), level, false)
+	}
 	switch {
 	case v.kind == '{':
 		return append(append([]string{"{"}, e.members(v, level, editable)...), "}")
@@ -118,7 +151,7 @@ func (e editor) nested(v *node, level int, editable bool) []string {
 		}
 		return append(out, "]")
 	}
-	return []string{string(e.body[v.start:v.end])}
+	return []string{e.raw(v)}
 }
 
 // quoteLike returns the JSON string that b begins with.

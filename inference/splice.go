@@ -34,6 +34,11 @@ func (e *Edits) build() {
 		}
 		records = records[len(e.recordsOf(id)):]
 	}
+	if e.req.API != Unknown {
+		for _, s := range slices.Backward(e.spans) { // at one place the first one counts
+			e.splices = append(e.splices, s)
+		}
+	}
 	// Outer splices come before those inside them, which then count for nothing.
 	slices.SortStableFunc(e.splices, func(a, b splice) int {
 		return cmp.Or(cmp.Compare(a.Start, b.Start), cmp.Compare(b.End, a.End))

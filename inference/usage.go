@@ -65,6 +65,7 @@ func (u *UsageScanner) Feed(chunk []byte) {
 		}
 	}
 	if u.mode == oneValue {
+		u.found.edit.rest = len(chunk)
 		u.lex.feed(chunk, &u.found)
 		return
 	}
@@ -94,6 +95,7 @@ func (u *UsageScanner) feedLine(chunk []byte) int {
 		n = len(chunk)
 	}
 	if u.line == inData {
+		u.found.edit.rest = len(chunk)
 		u.lex.feed(chunk[:n], &u.found)
 	}
 	if !end {
@@ -103,7 +105,8 @@ func (u *UsageScanner) feedLine(chunk []byte) int {
 	if u.line == 0 || u.lex.state == lexString {
 		u.lex = usageLexer{}
 	} else if u.line == inData {
-		u.lex.feed([]byte{'\n'}, &u.found)
+		u.found.edit.rest = len(chunk) - n
+		u.lex.feed(chunk[n:n+1], &u.found)
 	}
 	u.line = 0
 	return n + 1

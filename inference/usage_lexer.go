@@ -27,6 +27,7 @@ type tally struct {
 	seen   bool
 	counts [isCacheCreated + 1]int64
 	reason string
+	edit   usageEdit
 }
 
 // ways leads from place to place by key. A finish reason may be an object with a type (SGLang).
@@ -78,7 +79,7 @@ type usageLexer struct {
 		array bool
 	}
 	word   [longestWord]byte
-	length int // of the word; above longestWord when it does not fit or is escaped
+	length int // of the word, above longestWord when it does not fit or is escaped; or of the number, in digits
 	number int64
 }
 
@@ -98,11 +99,12 @@ func (l *usageLexer) feed(b []byte, t *tally) {
 		case lexNumber:
 			if b[i] >= '0' && b[i] <= '9' {
 				l.number = min(l.number*10+int64(b[i]-'0'), 1<<50)
+				l.length++
 				i++
 				continue
 			}
 			l.state = lexAny
-			l.count(b[i], t)
+			l.count(b, i, t)
 		case lexAny:
 		}
 		l.step(b[i])
@@ -132,7 +134,7 @@ func (l *usageLexer) step(b byte) {
 		}
 	default:
 		if b >= '0' && b <= '9' && l.next >= isPromptTokens && l.next <= isCacheCreated {
-			l.state, l.number = lexNumber, int64(b-'0')
+			l.state, l.number, l.length = lexNumber, int64(b-'0'), 1
 			return
 		}
 		l.next = elsewhere
@@ -200,15 +202,15 @@ func (l *usageLexer) endString(t *tally) {
 	}
 }
 
-// count takes a number that ended before byte b; one with a fraction or an exponent is no count.
-func (l *usageLexer) count(b byte, t *tally) {
-	field := l.next
-	l.next = elsewhere
-	switch b {
+// count takes a number that ended before b[i]; one with a fraction or an exponent is no count.
+func (l *usageLexer) count(b []byte, i int, t *tally) {
+	switch b[i] {
 	case ',', '}', ']', ' ', '\t', '\r', '\n':
-	default:
-		return
+		if l.correctable() {
+			l.number = t.edit.overwrite(i, l.length, l.number)
+		}
+		t.seen = true
+		t.counts[l.next] = l.number
 	}
-	t.seen = true
-	t.counts[field] = l.number
+	l.next = elsewhere
 }

@@ -28,6 +28,20 @@ const (
 	LabelEngineGIE = "inference.networking.k8s.io/engine-type"
 )
 
+// DefaultEngine is the engine of an endpoint that does not name one.
+const DefaultEngine = "vllm"
+
+// LabelTensorParallel says over how many GPUs an endpoint's engine splits each layer, a number from 1 on.
+const LabelTensorParallel = "baton-epp/tensor-parallel-size"
+
+// ParseTensorParallel reads a value of [LabelTensorParallel]; 0 = not known, for what is no such number, too.
+func ParseTensorParallel(value string) int {
+	if n, err := strconv.ParseUint(value, 10, 16); err == nil {
+		return int(n)
+	}
+	return 0
+}
+
 // Role is the set of phases an endpoint may serve, from [LabelRole]. The zero Role means that the label is absent.
 type Role uint8
 
@@ -89,6 +103,8 @@ type Endpoint struct {
 	Role      Role
 	Sidecar   Sidecar
 	Engine    string // vllm (default), sglang, trtllm-serve, triton-tensorrt-llm
+	// TensorParallel is the value of [LabelTensorParallel]; 0 = not known.
+	TensorParallel int
 	*State
 }
 

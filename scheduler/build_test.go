@@ -196,6 +196,9 @@ schedulingProfiles: [{name: a, plugins: [{pluginRef: openai-parser}]}]
 	f("producer by name", `
 plugins: [{type: prefix-cache-scorer, parameters: {prefixMatchInfoProducerName: mine}}]
 `, `test.yaml:4: plugins[0].parameters.prefixMatchInfoProducerName: no plugin is named "mine"`)
+	f("producer by name, for the prefill's time", `
+plugins: [{type: prefill-time-scorer, parameters: {prefixMatchInfoProducerName: mine}}]
+`, `test.yaml:4: plugins[0].parameters.prefixMatchInfoProducerName: no plugin is named "mine"`)
 	f("parameters out of range", `
 plugins:
 - {type: prefix-cache-scorer, parameters: {matchLengthWeight: 2}}

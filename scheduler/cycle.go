@@ -73,6 +73,14 @@ func (p Prompt) UncachedTokens(matched int32) int64 {
 	return max(0, min(uncached, int64(p.Tokens))) + max(0, int64(p.Tokens)-int64(p.Blocks)*int64(p.BlockSize))
 }
 
+// PrefillSeconds is how long a prefill of uncached prompt tokens would take at c from now on if c computed speed tokens
+// per second, more than 0 (pool.Pace.TokensPerSecond): the wait, then the computing. The wait is the learned one or what the
+// tokens in flight need, whichever is longer: the same requests show in both.
+func (c *Candidate) PrefillSeconds(now time.Time, uncached int64, speed float64) float64 {
+	wait := max(c.Endpoint.Pace.Queue(now).Seconds(), float64(max(0, c.Tokens))/speed)
+	return wait + float64(max(0, uncached))/speed
+}
+
 // Cycle is one run of one profile: what plugins may look at. Read-only for plugins, valid during the call only.
 type Cycle struct {
 	Request *inference.Request

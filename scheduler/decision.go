@@ -44,7 +44,7 @@ type Query struct {
 	Pulls bool
 	// Rank is how many endpoints each phase must rank at least (attempts + 1), as far as there are so many.
 	Rank int
-	// Reserve asks for a reservation of load on the first endpoint of each phase ([Pick.Reservation]), and for its probe
+	// Reserve asks for a reservation of load on the first endpoint of each phase but encode ([Pick.Reservation]), and for its probe
 	// where it is on probation, made in one step with the choice: a choice made on load counts that another request has
 	// changed meanwhile is made again. Without it Schedule changes nothing, and requests scheduled at the same instant
 	// see the same idle endpoints.
@@ -74,7 +74,7 @@ type Ranked struct {
 // Pick is the result of one phase.
 type Pick struct {
 	Run    bool   // false: the phase does not run for this request
-	Wanted bool   // the decider wanted the phase, and no endpoint was there for it: Run is false
+	Wanted bool   // the decider or the decode endpoint wanted the phase, and no endpoint was there for it: Run is false
 	Reason string // why it runs or not: the decider's or filter's constant
 	Ranked []Ranked
 	// Source is the endpoint that holds the longest part of the prompt, where that is longer than what Ranked[0] holds by
@@ -82,8 +82,8 @@ type Pick struct {
 	Source *pool.Endpoint
 	// Send is how many of Ranked, from the first, may be named to the gateway (the picker's maxNumOfEndpoints).
 	Send int
-	// Reservation counts the request on Ranked[0]; nil unless Query.Reserve was set. It belongs to the caller, who
-	// releases it; Decision.Release does not.
+	// Reservation counts the request on Ranked[0]; nil unless Query.Reserve was set, and for encode, whose items count
+	// where each of them goes. It belongs to the caller, who releases it; Decision.Release does not.
 	Reservation *pool.Reservation
 }
 
@@ -131,7 +131,7 @@ const (
 	ByHealth = "health"  // not ready, ejected, sleeping or being probed
 	ByRole   = "role"    // no configuration: an endpoint whose role label does not allow decode
 	ByPeer   = "peer"    // prefill on the endpoint that decodes
-	ByPair   = "pair"    // another value of a pair label than the endpoint of the other phase
+	ByPair   = "pair"    // no KV transfer with the endpoint of the other phase: pair labels, engine, tensor parallel size
 	ByRampUp = "ramp-up" // new, and this request is not of its share yet
 )
 

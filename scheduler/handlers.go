@@ -73,13 +73,26 @@ func newDisaggHandler(b *Builder, raw config.Parameters) (any, error) {
 	}
 	encodeDecider := cmp.Or(p.Deciders.Encode, p.EncodeDeciderPluginName)
 	if encodeDecider != "" {
-		b.Warn("the encode phase never runs: %s", reasonNoEncoders)
+		b.warnEncode()
 	}
 	if h.encodeDecider, err = b.optionalDecider(raw, "deciders.encode", encodeDecider); err != nil {
 		return nil, err
 	}
 	_, err = b.Prefix("") // llm-d's handler requires the default producer
 	return h, err
+}
+
+// warnEncode says when an encode decider has nobody to decide for. Encoders are named to sidecars (mode headers, and auto
+// where the decode endpoint has one) without a connector of ours.
+func (b *Builder) warnEncode() {
+	c := &b.a.config.Disaggregation
+	switch {
+	case c.ECConnector != "":
+	case c.Mode == "orchestrate":
+		b.Warn("the encode phase never runs: %s", reasonNoEncoders)
+	case c.Mode == "auto":
+		b.Warn("the encode phase runs only for decode endpoints that have a sidecar: %s", reasonNoEncoders)
+	}
 }
 
 // optionalDecider finds a decider; an empty name is none.

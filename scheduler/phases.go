@@ -3,6 +3,7 @@
 package scheduler
 
 import (
+	"errors"
 	"runtime"
 	"slices"
 
@@ -32,31 +33,13 @@ func (p *phases) profile(ph Phase) *profile {
 	}
 }
 
-// Pairs reports whether a prefill at one endpoint can serve a decode at the other: they are not the same one, and they
-// agree on every label of disaggregation.pairLabels.
-func (s *Scheduler) Pairs(prefill, decode *pool.Endpoint) bool {
-	return apart(prefill, decode) && s.phases.labelsAgree(prefill, decode)
-}
-
-// apart reports whether a and b are two endpoints, in whatever snapshots they are.
-func apart(a, b *pool.Endpoint) bool { return a.State != b.State }
-
-// labelsAgree reports whether two endpoints agree on every pair label; one that both lack agrees.
-func (p *phases) labelsAgree(a, b *pool.Endpoint) bool {
-	for _, label := range p.pairLabels {
-		if a.Labels[label] != b.Labels[label] {
-			return false
-		}
-	}
-	return true
-}
-
 // Reasons why a phase does or does not run, besides the deciders'.
 const (
 	reasonNoProfile    = "no profile"
 	reasonPrefillFirst = "prefill-first"
 	reasonDecode       = "decode"
-	reasonNoEncoders   = "encoders are not built yet"
+	reasonMustPrefill  = "decode endpoint cannot prefill"
+	reasonNoEncoders   = "no encoder connector is configured (disaggregation.ecConnector)"
 )
 
 // all runs the phases in the handler's order.
@@ -77,12 +60,18 @@ func (s *Scheduler) all(d *Decision, q *Query) error {
 		peer = p.Ranked[0].Endpoint
 	}
 	s.optional(d, q, PhaseEncode, ph.encode, ph.encodeDecider, peer)
-	return s.decode(d, q, peer)
+	if err := s.decode(d, q, peer); err != nil {
+		return err
+	}
+	if decode := d.work.decode.Endpoint; q.OnlyDecode && q.needsPrefill(decode) {
+		s.optional(d, q, PhasePrefill, ph.prefill, unconditional{}, decode)
+	}
+	return nil
 }
 
 // decode runs the one phase that must find an endpoint.
 func (s *Scheduler) decode(d *Decision, q *Query, peer *pool.Endpoint) error {
-	if err := s.phase(d, q, PhaseDecode, s.phases.decode, peer); err != nil {
+	if err := s.phase(d, q, PhaseDecode, s.phases.decode, peer, nil); err != nil {
 		return err
 	}
 	d.Picks[PhaseDecode].Reason = reasonDecode
@@ -93,7 +82,10 @@ func (s *Scheduler) decode(d *Decision, q *Query, peer *pool.Endpoint) error {
 // fewer phases and the pick says why.
 func (s *Scheduler) optional(d *Decision, q *Query, ph Phase, p *profile, decider Decider, peer *pool.Endpoint) {
 	pick := &d.Picks[ph]
+	must := ph == PhasePrefill && p != nil && q.needsPrefill(peer)
 	switch {
+	case must:
+		decider = mustPrefill{}
 	case p == nil || decider == nil:
 		pick.Reason = reasonNoProfile
 		return
@@ -109,13 +101,21 @@ func (s *Scheduler) optional(d *Decision, q *Query, ph Phase, p *profile, decide
 	}
 	run, reason := decider.Decide(&w.cycle, decode)
 	switch {
-	case run && ph == PhaseEncode:
-		reason = reasonNoEncoders // package sidecar has no encoder connector: load would be reserved for nothing
+	case run && ph == PhaseEncode && !q.Encodes:
+		reason = reasonNoEncoders
 	case run:
-		if err := s.phase(d, q, ph, p, peer); err != nil {
+		var pair PairDecider
+		if ph == PhasePrefill && decode != nil {
+			pair, _ = decider.(PairDecider)
+		}
+		switch err := s.phase(d, q, ph, p, peer, pair); {
+		case err == nil && pair == nil:
+		case err == nil, errors.Is(err, errDeclined):
+			reason = pick.Reason
+		default:
 			reason = reasonNone(w.removed)
 			// One that decodes and may prefill, too, does both: nothing is missing then.
-			pick.Wanted = !slices.ContainsFunc(w.removed, func(r Removal) bool { return r.By == ByPeer })
+			pick.Wanted = must || !slices.ContainsFunc(w.removed, func(r Removal) bool { return r.By == ByPeer })
 		}
 	}
 	pick.Reason = reason
@@ -138,18 +138,27 @@ func (w *work) aim(ph Phase, p *profile, peer *pool.Endpoint) {
 	w.cycle.Seed = mix(w.seed + uint64(ph))
 }
 
-// phase runs one profile and fills its pick, again as long as other requests take its choice away.
-func (s *Scheduler) phase(d *Decision, q *Query, ph Phase, p *profile, peer *pool.Endpoint) error {
+// phase runs one profile and fills its pick, again as long as other requests take its choice away. Encode ranks all it
+// finds and reserves nothing: items are spread over the endpoints, and each counts where it goes (package sidecar). pair,
+// which may be nil, is asked about each choice before it is reserved; its no is errDeclined.
+func (s *Scheduler) phase(d *Decision, q *Query, ph Phase, p *profile, peer *pool.Endpoint, pair PairDecider) error {
 	w := d.work
 	w.aim(ph, p, peer)
 	tr := s.newTrace(d, p, ph)
 	pick := &d.Picks[ph]
+	want := max(q.Rank, 1)
+	if ph == PhaseEncode {
+		want = MaxEncoders
+	}
 	for try := 1; ; try++ {
-		pick.Send = p.run(w, &s.phases, max(q.Rank, 1), tr)
+		pick.Send = p.run(w, &s.phases, want, tr)
 		if len(w.cands) == 0 {
 			return &NoCandidateError{Profile: p.name, Removed: append([]Removal(nil), w.removed...)}
 		}
-		if !q.Reserve {
+		if w.declined(pair, pick) {
+			return errDeclined
+		}
+		if !q.Reserve || ph == PhaseEncode {
 			break
 		}
 		var ok bool
@@ -166,7 +175,13 @@ func (s *Scheduler) phase(d *Decision, q *Query, ph Phase, p *profile, peer *poo
 		w.decode = w.cands[0]
 	}
 	pick.Run = true
-	for i := range w.cands[:min(max(q.Rank, pick.Send), len(w.cands))] {
+	if q.Pulls && ph != PhaseEncode {
+		pick.Source = w.source(&s.phases, &w.cands[0])
+	}
+	if ph != PhaseEncode {
+		want = max(q.Rank, pick.Send)
+	}
+	for i := range w.cands[:min(want, len(w.cands))] {
 		c := &w.cands[i]
 		pick.Ranked = append(pick.Ranked, Ranked{
 			Endpoint:       c.Endpoint,
@@ -192,3 +207,8 @@ func (s *Scheduler) reserveTokens(w *work, ph Phase, c *Candidate) int64 {
 type unconditional struct{}
 
 func (unconditional) Decide(*Cycle, *Candidate) (bool, string) { return true, reasonPrefillFirst }
+
+// mustPrefill is the decider where the decode endpoint cannot do without ([Query.NeedsPrefill]).
+type mustPrefill struct{}
+
+func (mustPrefill) Decide(*Cycle, *Candidate) (bool, string) { return true, reasonMustPrefill }

@@ -62,8 +62,8 @@ func TestPhases(t *testing.T) {
 	f("long prompt", byPrefix, long, nil, want{"d1", "p1", "uncached prompt", "", "no profile"})
 	f("short prompt", byPrefix, 40, nil, want{"d1", "", "short prompt", "", "no profile"})
 	f("always", always, 4, nil, want{"d1", "p1", "always", "", "no media"})
-	f("with an image", always, 4, image, want{"d1", "p1", "always", "", "encoders are not built yet"})
-	f("prefill first", prefillFirst, 4, image, want{"d1", "p1", "prefill-first", "", "encoders are not built yet"})
+	f("with an image", always, 4, image, want{"d1", "p1", "always", "", "no encoder connector is configured (disaggregation.ecConnector)"})
+	f("prefill first", prefillFirst, 4, image, want{"d1", "p1", "prefill-first", "", "no encoder connector is configured (disaggregation.ecConnector)"})
 	f("only decode", always, long, func(q *scheduler.Query) { q.OnlyDecode, q.OnlyReason = true, "echo" }, want{"d1", "", "echo", "", "echo"})
 	f("prefill first, only decode", prefillFirst, long, func(q *scheduler.Query) { q.OnlyDecode, q.OnlyReason = true, "off" }, want{"d1", "", "off", "", "off"})
 	f("no prefiller in the pool", always, long, func(q *scheduler.Query) {
@@ -83,30 +83,6 @@ func TestPhases(t *testing.T) {
 		q.Snapshot = pooltest.Snapshot(pooltest.E("b0").Role("both"), pooltest.E("b1").Role("both").Waiting(1))
 	}, want{"b0", "b1", "always", "", "no media"})
 	f("ranked as far as asked", always, long, func(q *scheduler.Query) { q.Rank = 3 }, want{"d1 d0", "p1 p0", "always", "", "no media"})
-}
-
-// TestEncodeReservesNothing: llm-d's files with an encode decider load, with a warning, and no load is counted for a
-// phase that nobody runs.
-func TestEncodeReservesNothing(t *testing.T) {
-	s := load(t, twoProfiles(`{type: disagg-profile-handler, parameters: {deciders: {encode: always-disagg-multimodal-decider}}}`))
-	want := "test.yaml:5: disagg-profile-handler: the encode phase never runs: encoders are not built yet"
-	if got := s.Warnings(); len(got) != 1 || got[0] != want {
-		t.Errorf("warnings %q, want %q", got, want)
-	}
-	q := query(pdPool(), "x")
-	q.Reserve = true
-	q.Request.Media = []inference.Media{{Kind: "image_url", Span: inference.Span{Start: 0, End: 1}}}
-	d, err := s.Schedule(q)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Release()
-	d.Phase(scheduler.PhaseDecode).Reservation.Release()
-	for _, e := range q.Snapshot.Endpoints {
-		if n := e.Load.Requests(); n != 0 {
-			t.Errorf("%s keeps %d reservations", e.Name, n)
-		}
-	}
 }
 
 // panicking is a scorer with a mistake in it.

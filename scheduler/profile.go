@@ -104,11 +104,13 @@ const (
 	reasonRole   = "the role label does not allow decode"
 	reasonPeer   = "it decodes this request"
 	reasonPair   = "its labels differ from the other phase's endpoint"
+	reasonEngine = "its engine differs from the other phase's endpoint"
+	reasonTensor = "prefill's tensor parallel size is larger than decode's"
 	reasonRampUp = "new"
 )
 
 // cutBuiltIn applies what no profile names: the role guard of the default profile, a prefill apart from the endpoint
-// that decodes and of the same kind (disaggregation.pairLabels), the ramp-up of new endpoints.
+// that decodes and able to hand over to it, the ramp-up of new endpoints.
 func (w *work) cutBuiltIn(ph *phases, tr *ProfileTrace) {
 	if ph.guardRoles && w.roles {
 		w.cut(keep(w.cands, func(c *Candidate) bool {
@@ -118,8 +120,8 @@ func (w *work) cutBuiltIn(ph *phases, tr *ProfileTrace) {
 	if peer := w.cycle.Peer; peer != nil && w.cycle.Phase == PhasePrefill {
 		w.cut(keep(w.cands, func(c *Candidate) bool { return apart(c.Endpoint, peer) }), ByPeer, reasonPeer, tr)
 	}
-	if peer := w.cycle.Peer; peer != nil && w.cycle.Phase != PhaseEncode && len(ph.pairLabels) > 0 {
-		w.cut(keep(w.cands, func(c *Candidate) bool { return ph.labelsAgree(c.Endpoint, peer) }), ByPair, reasonPair, tr)
+	if w.cycle.Peer != nil && w.cycle.Phase != PhaseEncode {
+		w.cutPairs(ph, tr)
 	}
 	if w.ramping && len(w.cands) > 1 {
 		w.cut(w.rampUp(w.cands), ByRampUp, reasonRampUp, tr)

@@ -29,6 +29,7 @@ func Builtin() Registry {
 
 		"prefix-based-pd-decider":          newPrefixDecider,
 		"always-disagg-pd-decider":         newAlwaysDecider,
+		"cost-pd-decider":                  newCostDecider,
 		"always-disagg-multimodal-decider": newMultimodalDecider,
 
 		typePrefixProducer:   newPrefixProducer,

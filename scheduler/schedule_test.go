@@ -54,10 +54,10 @@ func tryLoad(tb testing.TB, text string, change ...func(*scheduler.Options)) (*s
 	return scheduler.New(o)
 }
 
-// prompt is a request with that text.
-func prompt(model, text string) *inference.Request {
+// prompt is a request for the model "m" with that text.
+func prompt(text string) *inference.Request {
 	r := &inference.Request{
-		API: inference.Completions, Model: model, HasModel: true, N: 1, Prompts: 1,
+		API: inference.Completions, Model: "m", HasModel: true, N: 1, Prompts: 1,
 		Text: []inference.Span{{Start: 0, End: len(text)}}, TextBytes: len(text),
 	}
 	r.Body.Append([]byte(text))
@@ -65,7 +65,7 @@ func prompt(model, text string) *inference.Request {
 }
 
 func query(snap *pool.Snapshot, text string) *scheduler.Query {
-	return &scheduler.Query{Request: prompt("m", text), Snapshot: snap, Now: time.Now(), Rank: 1}
+	return &scheduler.Query{Request: prompt(text), Snapshot: snap, Now: time.Now(), Rank: 1}
 }
 
 func names(p *scheduler.Pick) string {
@@ -174,7 +174,7 @@ plugins: [{type: queue-scorer}, {type: max-score-picker, parameters: {maxNumOfEn
 		return
 	}
 	snap := pooltest.Snapshot(pooltest.E("busy").Waiting(8), pooltest.E("idle"), pooltest.E("so-so").Waiting(2))
-	d, err := s.Schedule(&scheduler.Query{Request: prompt("m", "hello"), Snapshot: snap, Now: time.Now(), Rank: 3})
+	d, err := s.Schedule(&scheduler.Query{Request: prompt("hello"), Snapshot: snap, Now: time.Now(), Rank: 3})
 	if err != nil {
 		fmt.Println(err)
 		return

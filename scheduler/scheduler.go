@@ -131,7 +131,7 @@ func (s *Scheduler) Repick(q *Query, phase Phase, peer *pool.Endpoint) (Pick, er
 	again.Reserve = false
 	d := s.newDecision(&again)
 	defer d.release(s)
-	if err := s.phase(d, &again, phase, p, peer); err != nil {
+	if err := s.phase(d, &again, phase, p, peer, nil); err != nil {
 		return Pick{}, err
 	}
 	pick := d.Picks[phase]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package scorers holds the scorers that a profile may name: each turns the facts of a candidate row into a number
-// from 0 (worst) to 1 (best). One file per scorer; [Registry] lists them. Formulas are those of llm-d-router v0.10; what
-// a scorer says about an endpoint whose metrics are stale or missing stands at its type. Floor 3.
+// from 0 (worst) to 1 (best). One file per scorer; [Registry] lists them. Formulas are those of llm-d-router v0.10 but
+// for Baton's own; what a scorer says about an endpoint whose metrics are stale or missing stands at its type. Floor 3.
 package scorers
 
 import (

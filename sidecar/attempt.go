@@ -9,8 +9,10 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"strconv"
 	"time"
 
+	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/sidecar/connectors"
@@ -44,58 +46,90 @@ func (r *result) pinned() (reason string, pinned bool) {
 	}
 }
 
+// attempt is one prefill at one endpoint.
+type attempt struct {
+	o         *Orchestrator
+	s         *settings
+	wire      wire
+	x         *connectors.Exchange
+	e         *pool.Endpoint
+	number    int   // from 1
+	bodyBytes int64 // of the client's body
+	uncached  int64 // prompt tokens that e has to compute, as ranked
+	prompt    int64 // estimated prompt tokens
+	beside    bool  // it runs while decode does
+	start     time.Time
+	sentAt    time.Time // when the request began to be sent
+}
+
+func (r *run) newAttempt(e *pool.Endpoint, uncached int64) *attempt {
+	r.tries++
+	return &attempt{
+		o: r.o, s: r.s, wire: r.wire, x: r.exchange(e), e: e, number: r.tries, start: time.Now(),
+		bodyBytes: int64(r.j.Request.Body.Len), uncached: uncached, prompt: int64(r.j.Request.PromptTokens()),
+	}
+}
+
 // exchange describes a prefill at e to its connector.
-func exchange(j *Job, e *pool.Endpoint) connectors.Exchange {
-	return connectors.Exchange{Request: j.Request, Prefiller: e, Decode: j.Decode}
+func (r *run) exchange(e *pool.Endpoint) *connectors.Exchange {
+	return &connectors.Exchange{
+		Request: r.j.Request, Prefiller: e, Decode: r.j.Decode, Source: r.source(scheduler.PhasePrefill, e),
+		RewriteHost: r.s.RewriteRemoteHost == "auto", Ports: r.s.Ports, Rank: -1,
+	}
 }
 
-// attempt prefills at e, once. When it returns nothing of it runs any more. ctx ends with the budget or the client.
-func (r *run) attempt(ctx context.Context, e *pool.Endpoint) result {
-	start, number := time.Now(), len(r.out.Attempts)+1
-	phase := scheduler.PhasePrefill.String()
-	r.o.metrics.inFlight.WithLabelValues(phase).Inc()
+// prefillAt prefills at e, once. When it returns nothing of it runs any more. ctx ends with the budget or the client.
+func (r *run) prefillAt(ctx context.Context, e *pool.Endpoint, uncached int64) (*attempt, result) {
+	a := r.newAttempt(e, uncached)
 	own, cancel := context.WithTimeoutCause(ctx, r.s.Prefill.Timeout, errPhaseTimeout)
-	res := r.exchange(own, e, number)
-	cancel()
-	r.o.metrics.inFlight.WithLabelValues(phase).Dec()
-	r.o.metrics.attempts.WithLabelValues(phase, res.reason).Inc()
-	if reason, pinned := res.pinned(); pinned {
-		tokens := res.answer.PromptTokens
-		if tokens == 0 {
-			tokens = int64(r.j.Request.PromptTokens())
-		}
-		r.o.metrics.leak(reason, tokens)
-	}
-	r.out.Attempts = append(r.out.Attempts, Attempt{
-		Phase: scheduler.PhasePrefill, Endpoint: e, Number: number, Status: res.status, Reason: res.reason,
-		Start: start, Duration: time.Since(start),
+	defer cancel()
+	res := a.do(own, func(ctx context.Context) *http.Request {
+		return r.o.request(ctx, r.s, r.j, e, r.prefillBody(a.x), a.number)
 	})
-	r.tell(e, res.reason)
-	return res
+	r.out.Attempts = append(r.out.Attempts, a.close(&res))
+	if reason, lost := a.leaks(&res); lost {
+		r.out.Leaked = reason
+	}
+	return a, res
 }
 
-// exchange waits for a slot, sends the prefill leg and reads its answer.
-func (r *run) exchange(ctx context.Context, e *pool.Endpoint, number int) result {
-	slots, err := r.o.peers.slot(ctx, e, r.s.Prefill.MaxConcurrentPerEndpoint)
-	if err != nil {
-		return result{reason: reasonOfEnd(err, reasonSaturated), err: err}
-	}
-	defer func() { <-slots }()
-
-	x := exchange(r.j, e)
-	x.RewriteHost = r.s.RewriteRemoteHost == "auto"
-	body := r.j.Request.Edit()
+// prefillBody is the client's body as the prefill leg needs it.
+func (r *run) prefillBody(x *connectors.Exchange) *inference.Edits {
+	body := x.Request.Edit()
 	body.StripTransferFields()
 	if r.j.Model != "" {
 		body.SetModel(r.j.Model)
 	}
-	r.wire.Prefill(&x, body)
-	inserted := float64(max(0, body.Len()-r.j.Request.Body.Len))
-	r.o.metrics.heldBytes.Add(inserted)
-	defer r.o.metrics.heldBytes.Sub(inserted)
-	r.o.metrics.sentBytes.WithLabelValues(scheduler.PhasePrefill.String()).Add(float64(body.Len()))
+	r.spliceEncoded(true, body)
+	r.wire.Prefill(x, body)
+	return body
+}
 
-	resp, err := r.s.transport.RoundTrip(r.o.request(ctx, r.s, r.j, e, body, number))
+// do waits for a slot, has the endpoint introduce itself where the wire needs that, sends what request makes, and reads
+// the answer.
+func (a *attempt) do(ctx context.Context, request func(context.Context) *http.Request) result {
+	phase := scheduler.PhasePrefill.String()
+	a.o.metrics.inFlight.WithLabelValues(phase).Inc()
+	defer a.o.metrics.inFlight.WithLabelValues(phase).Dec()
+	slots, err := a.o.peers.slot(ctx, a.e, a.s.Prefill.MaxConcurrentPerEndpoint)
+	if err != nil {
+		return result{reason: reasonOfEnd(err, reasonSaturated), err: err}
+	}
+	defer func() { <-slots }()
+	if failed := a.introduce(ctx); failed != nil {
+		return *failed
+	}
+
+	req := request(ctx)
+	if a.x.Rank >= 0 {
+		req.Header["X-Data-Parallel-Rank"] = []string{strconv.Itoa(a.x.Rank)}
+	}
+	inserted := float64(max(0, req.ContentLength-a.bodyBytes))
+	a.o.metrics.heldBytes.Add(inserted)
+	defer a.o.metrics.heldBytes.Sub(inserted)
+	a.o.metrics.sentBytes.WithLabelValues(phase).Add(float64(req.ContentLength))
+	a.sentAt = time.Now()
+	resp, err := a.s.transport.RoundTrip(req)
 	if err != nil {
 		return result{reason: reasonOfFailure(ctx, err), err: err}
 	}
@@ -105,27 +139,18 @@ func (r *run) exchange(ctx context.Context, e *pool.Endpoint, number int) result
 		_, _ = io.CopyN(io.Discard, resp.Body, drainBytes)
 		return res
 	}
-	r.read(ctx, resp, &x, &res)
+	a.read(ctx, resp, &res)
 	return res
 }
 
 // read reads the body of a 200.
-func (r *run) read(ctx context.Context, resp *http.Response, x *connectors.Exchange, res *result) {
-	buf, ok := r.o.buffers.Get().(*bytes.Buffer)
-	if !ok {
-		buf = new(bytes.Buffer)
-	}
-	defer func() {
-		r.o.metrics.heldBytes.Sub(float64(buf.Len()))
-		if buf.Cap() <= keptBuffer {
-			buf.Reset()
-			r.o.buffers.Put(buf)
-		}
-	}()
-	limit := r.s.Prefill.MaxResponseBytes
+func (a *attempt) read(ctx context.Context, resp *http.Response, res *result) {
+	buf := a.o.buffer()
+	defer a.o.keep(buf)
+	limit := a.s.Prefill.MaxResponseBytes
 	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
-	r.o.metrics.heldBytes.Add(float64(buf.Len()))
-	r.o.metrics.receivedBytes.WithLabelValues(scheduler.PhasePrefill.String()).Add(float64(n))
+	a.o.metrics.heldBytes.Add(float64(buf.Len()))
+	a.o.metrics.receivedBytes.WithLabelValues(scheduler.PhasePrefill.String()).Add(float64(n))
 	switch {
 	case err != nil:
 		res.reason, res.err = reasonOfFailure(ctx, err), err
@@ -134,24 +159,71 @@ func (r *run) read(ctx context.Context, resp *http.Response, x *connectors.Excha
 		res.reason = reasonTooLarge
 		return
 	}
-	res.answer = r.wire.Answer(x, buf.Bytes())
+	res.answer = a.wire.Answer(a.x, buf.Bytes())
 	res.reason = reasonOfVerdict(res.answer.Verdict)
-	if res.reason == reasonOK && time.Since(res.answered) > r.s.HandleMaxAge {
+	if res.reason == reasonOK && !a.beside && time.Since(res.answered) > a.s.HandleMaxAge {
 		res.reason = reasonExpired
 	}
 }
 
-// tell lets the endpoint's breaker and health know how an attempt ended.
-func (r *run) tell(e *pool.Endpoint, reason string) {
+// buffer returns an empty buffer for an answer; keep takes it back.
+func (o *Orchestrator) buffer() *bytes.Buffer {
+	if buf, ok := o.buffers.Get().(*bytes.Buffer); ok {
+		return buf
+	}
+	return new(bytes.Buffer)
+}
+
+func (o *Orchestrator) keep(buf *bytes.Buffer) {
+	o.metrics.heldBytes.Sub(float64(buf.Len()))
+	if buf.Cap() <= keptBuffer {
+		buf.Reset()
+		o.buffers.Put(buf)
+	}
+}
+
+// leaks reports whether the attempt left blocks behind. What runs beside decode is not known to: its engines settle that.
+func (a *attempt) leaks(res *result) (reason string, lost bool) {
+	reason, lost = res.pinned()
+	return reason, lost && a.wire.Claims && !a.beside
+}
+
+// close counts an attempt that is over, tells whoever learns from it, and returns its record.
+func (a *attempt) close(res *result) Attempt {
+	a.o.metrics.attempts.WithLabelValues(scheduler.PhasePrefill.String(), res.reason).Inc()
+	if reason, lost := a.leaks(res); lost {
+		tokens := res.answer.PromptTokens
+		if tokens == 0 {
+			tokens = a.prompt
+		}
+		a.o.metrics.leak(reason, tokens)
+	}
+	if res.reason == reasonOK && !a.beside {
+		a.e.Pace.Prefilled(a.uncached, res.answered.Sub(a.sentAt))
+	}
+	a.o.tell(a.e, res.reason)
+	return Attempt{
+		Phase: scheduler.PhasePrefill, Endpoint: a.e, Number: a.number, Status: res.status, Reason: res.reason,
+		Start: a.start, Duration: time.Since(a.start),
+	}
+}
+
+// tell lets the endpoint's breaker and health know how an attempt ended; after a failure it has to introduce itself anew.
+func (o *Orchestrator) tell(e *pool.Endpoint, reason string) {
 	switch {
 	case sequelOf(reason).blame:
-		r.o.peers.note(e, false)
+		o.peers.note(e, false)
 		if e.Health.Fail(time.Now()) {
-			r.o.log.Info("endpoint ejected", slog.String("endpoint", e.Hostport), slog.String("reason", reason))
+			o.log.Info("endpoint ejected", slog.String("endpoint", e.Hostport), slog.String("reason", reason))
 		}
 	case reason == reasonOK, reason == reasonComplete, reason == reasonRejected:
-		r.o.peers.note(e, true)
+		o.peers.note(e, true)
 		e.Health.Succeed()
+	}
+	switch reason {
+	case reasonOK, reasonComplete, reasonCanceled, reasonBudget, reasonSaturated:
+	default:
+		o.peers.forget(e)
 	}
 }
 

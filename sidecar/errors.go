@@ -20,6 +20,7 @@ var (
 	errPhaseTimeout = errors.New("phase timeout")
 	errNotInPool    = errors.New("address is not in the pool")
 	errReplayed     = errors.New("connection reset, and reset again when sent anew")
+	errIntroduction = errors.New("introduction too large")
 )
 
 // PhaseError means that a phase could not be had and that the configuration forbids to go on without it: 502 for the

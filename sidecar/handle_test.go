@@ -245,11 +245,10 @@ func TestRemoteHostRewritten(t *testing.T) {
 		j.PrefillLoad.Release()
 		w, _ := r.settings.Load().wire("vllm")
 		out := &Outcome{}
-		x := exchange(j, r.add("far", "prefill", "10.0.0.7:8000"))
-		x.RewriteHost = true
-		res := result{answered: time.Now(), answer: w.Answer(&x, []byte(strings.Replace(goodAnswer, `"127.0.0.1"`, `"localhost"`, 1)))}
 		job := run{o: r.Orchestrator, s: r.settings.Load(), j: j, out: out, wire: w}
-		job.deliver(t.Context(), x.Prefiller, &res)
+		a := job.newAttempt(r.add("far", "prefill", "10.0.0.7:8000"), 0)
+		res := result{answered: time.Now(), answer: w.Answer(a.x, []byte(strings.Replace(goodAnswer, `"127.0.0.1"`, `"localhost"`, 1)))}
+		job.deliver(t.Context(), a, &res)
 		if got := decodeBody(j); !strings.Contains(got, strings.Replace(goodHandle, "127.0.0.1", "10.0.0.7", 1)) {
 			t.Errorf("decode gets %s", got)
 		}
@@ -281,8 +280,8 @@ func TestReload(t *testing.T) {
 	if out := r.run(r.job(inference.Completions, clientBody, nil, p)); out.Name != "aggregated" {
 		t.Errorf("%s", out.Name)
 	}
-	c.Mode, c.KVConnector = "auto", map[string]string{"": "nixlv2", "sglang": "sglang"}
-	if err := r.Reload(c); err == nil || !strings.Contains(err.Error(), `disaggregation.kvConnector.sglang: "sglang" is known, not built yet`) || r.Mode() != "off" {
+	c.Mode, c.KVConnector = "auto", map[string]string{"": "nixlv2", "sglang": "pigeon"}
+	if err := r.Reload(c); err == nil || !strings.Contains(err.Error(), `disaggregation.kvConnector.sglang: "pigeon" is not a connector`) || r.Mode() != "off" {
 		t.Errorf("mode %s, %v", r.Mode(), err)
 	}
 	c.KVConnector = map[string]string{"": "nixlv2"}
@@ -306,7 +305,7 @@ func TestReload(t *testing.T) {
 func TestNewRefuses(t *testing.T) {
 	c := config.Default().Disaggregation
 	c.Mode = "sometimes"
-	c.KVConnector = map[string]string{"": "mooncake"}
+	c.KVConnector = map[string]string{"": "pigeon"}
 	c.ECConnector = "ec-nixl" // accepted: package config warns that it has no effect
 	c.Transport.ForwardHeaders = []string{"authorization", "Host", "x-baton-depth"}
 	c.Transport.CACertPath = "/does/not/exist"
@@ -315,7 +314,7 @@ func TestNewRefuses(t *testing.T) {
 		t.Fatal("no error")
 	}
 	for _, want := range []string{
-		"Snapshot is required", `disaggregation.mode: "sometimes"`, `disaggregation.kvConnector: "mooncake" is known, not built yet (built: nixlv2)`,
+		"Snapshot is required", `disaggregation.mode: "sometimes"`, `disaggregation.kvConnector: "pigeon" is not a connector`,
 		"forwardHeaders[1]: host", "forwardHeaders[2]: x-baton-depth",
 		"disaggregation.transport: caCertPath",
 	} {
@@ -356,7 +355,7 @@ func TestMetricsStartAtZero(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(families) != 21 {
+	if len(families) != 23 {
 		t.Errorf("%d families", len(families))
 	}
 	for _, f := range families {

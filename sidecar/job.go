@@ -8,6 +8,7 @@ import (
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
+	"github.com/baton-epp/baton/sidecar/connectors"
 )
 
 // Job is one request's work before decode.
@@ -45,21 +46,50 @@ const (
 // Outcome is what the phases before decode came to. It belongs to the stream's goroutine, as the job does.
 type Outcome struct {
 	// Name is the value of x-baton-outcome: disaggregated, aggregated or fallback-<reason>; empty beside an error.
-	Name          string
-	Headers       []inference.Header // to set on the decode request: x-prefiller-host-port, x-encoder-hosts-ports
-	Prefiller     *pool.Endpoint     // who prefills; nil when aggregated
-	HasHandle     bool               // the decode body carries a handle: exactly one destination, once, before HandleUntil
+	Name         string
+	Headers      []inference.Header // to set on the decode request: x-prefiller-host-port, x-encoder-hosts-ports
+	Prefiller    *pool.Endpoint     // who prefills; nil when aggregated
+	Encoders     []*pool.Endpoint   // who encoded, or is named to a sidecar for it
+	EncodeReason string             // why nothing is encoded apart although the decision wanted it
+	EncodeTime   time.Duration      // of the whole phase; its attempts overlap
+	// HasHandle says that the decode body carries what may be used once, before HandleUntil, and holds blocks at the
+	// prefill endpoint: a handle, or the ticket of a rendezvous.
+	HasHandle     bool
 	HandleUntil   time.Time
 	PrefillTokens int64 // prompt tokens the prefiller reported, for the leak counters
+	CachedTokens  int64 // of these, found in the prefiller's cache; -1 when it did not say
 	Checkpoint    Checkpoint
 	Attempts      []Attempt
+	Leaked        string // why nobody claims the blocks of a finished prefill, from the closed set of leakReasons; "" = somebody may
 
-	way     way
-	wire    wire           // whose handle it is
-	decode  *pool.Endpoint // who got it
-	lost    bool           // its prefill was counted as leaked
-	settled bool           // the transfer's end was noted
+	way      way
+	encoding *encoding
+	wire     wire                 // whose handle it is
+	x        *connectors.Exchange // what the connector was told; of Prefiller, or of a pull by decode alone
+	decode   *pool.Endpoint       // who got it
+	leg      *leg                 // the prefill that runs, or ran, beside decode
+	beside   bool                 // decode counts on that leg
+	joined   bool                 // what the leg came to is in the outcome
+	lost     bool                 // nobody takes the blocks: counted, or cancelled in time
+	settled  bool                 // the transfer's end was noted
+	seen     bool                 // response headers came
 }
+
+// Bound reports whether the decode request is for one endpoint only, whichever that is: it must not be sent to another
+// one besides or afterwards.
+func (out *Outcome) Bound() bool { return out.HasHandle || out.beside || out.Fixed() }
+
+// Fixed reports whether the prefill was made for the decode endpoint that Run was told of.
+func (out *Outcome) Fixed() bool { return out.Delivered() && out.wire.NeedsDecode }
+
+// Delivered reports whether somebody else than decode prefills, by our own request: decode may be picked anew, for that
+// prefiller.
+func (out *Outcome) Delivered() bool {
+	return out.Prefiller != nil && (out.HasHandle || out.way == wayOrchestrate)
+}
+
+// Overlaps reports whether decode was sent while prefill ran, so that its first byte waited for both.
+func (out *Outcome) Overlaps() bool { return out.leg != nil }
 
 // way is how a request is served.
 type way uint8

@@ -25,23 +25,25 @@ const (
 // itself, cut to one token, so that the blocks are pulled and freed; it then waits for the answer, 5 s at most. After
 // Forward reason is not_sent (the answer to the gateway could not be delivered) or refused (the decode server answered
 // 401, 403, 404, 405 or 3xx, before it read the body): it only counts, once, since a handle leaves once and may have
-// left; any other reason does nothing then, for the engines settle it. A nil out does nothing.
+// left; any other reason does nothing then, for the engines settle it. A prefill that still runs beside decode is
+// cancelled instead, which leaks nothing. A nil out does nothing.
 func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason string) {
-	if out == nil || !out.HasHandle || out.lost || out.settled {
+	if out == nil || !out.HasHandle && !out.beside || out.lost || out.settled {
 		return
 	}
 	if out.decode != nil {
 		if reason == leakNotSent || reason == leakRefused {
-			o.lose(out, reason)
+			out.seen = out.seen || reason == leakRefused
+			o.giveUp(out, reason)
 		}
 		return
 	}
 	if !slices.Contains([]string{leakClientGone, leakNoDecode}, reason) {
 		reason = leakOther
 	}
-	o.lose(out, reason)
+	o.giveUp(out, reason)
 	s := o.settings.Load()
-	if !s.Reclaim || j.Decode == nil || !keyOf(j.Decode).alive(o.snapshot()) || time.Now().After(out.HandleUntil) {
+	if !s.Reclaim || out.leg != nil || j.Decode == nil || !keyOf(j.Decode).alive(o.snapshot()) || time.Now().After(out.HandleUntil) {
 		return
 	}
 	out.decode = j.Decode // the handle leaves now, and never again
@@ -55,10 +57,19 @@ func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason
 	o.metrics.reclaimed.WithLabelValues(result).Inc()
 }
 
+// giveUp settles that nobody takes the blocks.
+func (o *Orchestrator) giveUp(out *Outcome, reason string) {
+	if out.beside {
+		o.orphan(out, reason)
+		return
+	}
+	o.lose(out, reason)
+}
+
 // lose counts out's prefill as leaked, once.
 func (o *Orchestrator) lose(out *Outcome, reason string) {
 	if !out.lost {
-		out.lost = true
+		out.lost, out.Leaked = true, reason
 		o.metrics.leak(reason, out.PrefillTokens)
 	}
 }

@@ -29,7 +29,7 @@ const (
 func leakReasons() []string {
 	return []string{
 		leakClientGone, leakNoDecode, leakOther, leakAnswerLost, leakRefused, leakNotSent, reasonTooLarge, reasonIncomplete,
-		reasonExpired, reasonUsed, reasonEngineMismatch,
+		reasonExpired, reasonUsed, reasonEngineMismatch, reasonDecodeChanged,
 	}
 }
 
@@ -47,12 +47,14 @@ type metrics struct {
 	sentBytes      *prometheus.CounterVec
 	receivedBytes  *prometheus.CounterVec
 	checkpoints    *prometheus.CounterVec
+	encodeItems    *prometheus.CounterVec
 	hostRewritten  prometheus.Counter
 	misrouted      prometheus.Counter
 	transferFailed prometheus.Counter
 	leaked         *prometheus.CounterVec
 	leakedTokens   prometheus.Counter
 	reclaimed      *prometheus.CounterVec
+	aborts         *prometheus.CounterVec
 	looped         prometheus.Counter
 }
 
@@ -65,7 +67,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		return f.NewCounterVec(prometheus.CounterOpts{Namespace: "baton", Subsystem: "sidecar", Name: name, Help: help}, labels)
 	}
 	m := &metrics{
-		attempts: vector("attempts_total", "Sub-requests by phase and how they ended.", "phase", "reason"),
+		attempts: vector("attempts_total", "Sub-requests by phase and how they ended; of phase decode only the question whether it holds enough of the prompt.", "phase", "reason"),
 		phaseSeconds: f.NewHistogramVec(prometheus.HistogramOpts{
 			Namespace: "baton", Subsystem: "sidecar", Name: "phase_duration_seconds",
 			Help:    "Time a request spent in a phase, all its attempts together.",
@@ -91,12 +93,14 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		sentBytes:      vector("sent_bytes_total", "Body bytes of sub-requests by phase.", "phase"),
 		receivedBytes:  vector("received_bytes_total", "Body bytes of answers to sub-requests by phase.", "phase"),
 		checkpoints:    vector("checkpoints_total", "Requests that reached a checkpoint.", "checkpoint"),
+		encodeItems:    vector("encode_items_total", "Media items of requests with an encode phase, by what became of them.", "result"),
 		hostRewritten:  counter("remote_host_rewritten_total", "Handles whose loopback remote_host was replaced by the prefiller's address."),
 		misrouted:      counter("handle_misrouted_total", "Requests with a handle that were served by another endpoint than the one named."),
 		transferFailed: counter("transfers_failed_total", "Requests with a handle that their decode endpoint failed."),
 		leaked:         vector("leaked_prefill_total", "Finished prefills whose blocks nobody claims, by reason.", "reason"),
 		leakedTokens:   counter("leaked_prefill_tokens_total", "Prompt tokens of leaked prefills."),
 		reclaimed:      vector("reclaims_total", "Requests sent to claim and drop a leaked prefill, by result.", "result"),
+		aborts:         vector("aborts_total", "Requests sent to end a decode that waits in vain for its prefill, by result.", "result"),
 		looped:         counter("looped_total", "Own sub-requests that came back through the gateway and were refused."),
 	}
 	m.startAtZero()
@@ -105,7 +109,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 
 // startAtZero makes every series exist.
 func (m *metrics) startAtZero() {
-	for _, phase := range []string{scheduler.PhasePrefill.String()} {
+	for _, phase := range []string{scheduler.PhaseEncode.String(), scheduler.PhasePrefill.String()} {
 		for _, reason := range Reasons() {
 			m.attempts.WithLabelValues(phase, reason)
 		}
@@ -114,13 +118,23 @@ func (m *metrics) startAtZero() {
 		m.sentBytes.WithLabelValues(phase)
 		m.receivedBytes.WithLabelValues(phase)
 	}
+	decode := scheduler.PhaseDecode.String()
+	m.inFlight.WithLabelValues(decode)
+	m.sentBytes.WithLabelValues(decode)
+	m.receivedBytes.WithLabelValues(decode)
+	for _, reason := range questionReasons() {
+		m.attempts.WithLabelValues(decode, reason)
+	}
 	for _, reason := range FallbackReasons() {
 		m.fallbacks.WithLabelValues(reason)
 	}
 	for _, scope := range []string{scopeEndpoint, scopePair} {
 		m.trips.WithLabelValues(scope)
 	}
-	for c := PrefillSelected; c <= DecodeForwarded; c++ {
+	for _, result := range []string{itemEncoded, itemDeduplicated, itemLocal, itemSkipped, itemFailed} {
+		m.encodeItems.WithLabelValues(result)
+	}
+	for c := EncodeComplete; c <= DecodeForwarded; c++ {
 		m.checkpoints.WithLabelValues(c.String())
 	}
 	for _, reason := range leakReasons() {
@@ -128,6 +142,9 @@ func (m *metrics) startAtZero() {
 	}
 	for _, result := range []string{reclaimOK, reclaimFailed} {
 		m.reclaimed.WithLabelValues(result)
+	}
+	for _, result := range []string{abortOK, abortFailed} {
+		m.aborts.WithLabelValues(result)
 	}
 }
 

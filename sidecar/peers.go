@@ -47,7 +47,8 @@ type peers struct {
 // peer is what is remembered of one endpoint.
 type peer struct {
 	*breaker
-	slots chan struct{} // guarded by peers.mu; one entry for each sub-request in flight
+	slots        chan struct{} // guarded by peers.mu; one entry for each sub-request in flight
+	introduction *introduction // guarded by peers.mu; nil before it and when what it said may be out of date
 }
 
 func newPeers(c config.Breaker, m *metrics, log *slog.Logger) *peers {

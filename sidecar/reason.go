@@ -38,6 +38,12 @@ const (
 	reasonCanceled       = "canceled"
 	reasonBudget         = "budget"
 
+	// Of a question to decode only.
+	reasonCached    = "cached"     // it holds enough of the prompt
+	reasonNotCached = "not_cached" // it does not
+
+	reasonNoEncoder = "no_encoder" // of phase errors only: none of those ranked could be tried
+
 	// Of fallbacks only.
 	reasonNoPrefiller    = "no_prefiller" // none of those ranked could be tried
 	reasonUsed           = "handle_used"
@@ -45,7 +51,8 @@ const (
 	reasonDecodeChanged  = "decode_changed"  // decode was picked anew and has no sidecar
 )
 
-// Reasons lists every value of Attempt.Reason.
+// Reasons lists every value of Attempt.Reason of the phases encode and prefill. A question to decode ends as cached or
+// not_cached instead of ok.
 func Reasons() []string {
 	return []string{
 		reasonOK, reasonRefused, reasonConnectTimeout, reasonTLS, reasonReset, reasonTimeout, reasonSaturated, reason5xx,
@@ -53,6 +60,9 @@ func Reasons() []string {
 		reasonComplete, reasonMissing, reasonIncomplete, reasonExpired, reasonGone, reasonCanceled, reasonBudget,
 	}
 }
+
+// questionReasons lists every way in which a question to decode ends.
+func questionReasons() []string { return append(Reasons()[1:], reasonCached, reasonNotCached) }
 
 // FallbackReasons lists every reason that an outcome may be named after.
 func FallbackReasons() []string {

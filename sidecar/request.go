@@ -24,28 +24,55 @@ import (
 // and another attempt elsewhere is better.
 const replayWithin = time.Second
 
-// request makes a sub-request. Its path is that of the engine for the API, never the client's, whose prefix or query
-// might mean something else there; its headers are ours and those allowed by name.
+// payload is the body of a sub-request; *inference.Edits is one.
+type payload interface {
+	Len() int
+	Reader() io.ReadCloser
+}
+
+// parts is a payload that is no edit of the client's body, though it may share its bytes.
+type parts struct{ body inference.Body }
+
+// Len is the number of bytes.
+func (p parts) Len() int { return p.body.Len }
+
+// Reader reads them.
+func (p parts) Reader() io.ReadCloser { return p.body.Reader() }
+
+// call is a sub-request to an endpoint.
+type call struct {
+	path    string // of the engine, never the client's, whose prefix or query might mean something else there
+	id      string // X-Request-Id
+	body    payload
+	attempt int // X-Processor-Attempt
+}
+
+// request makes a sub-request to the engine's path for the API.
+func (o *Orchestrator) request(ctx context.Context, s *settings, j *Job, e *pool.Endpoint, body *inference.Edits, attempt int) *http.Request {
+	return o.post(ctx, s, j, e, call{path: enginePath(j.Request.API), id: j.Request.ID, body: body, attempt: attempt})
+}
+
+// post makes a sub-request; its headers are ours and those allowed by name.
 //
 // net/http sends a request anew by itself when a kept connection is reset before the first byte of an answer, but a
 // POST only if it is marked as idempotent: an Idempotency-Key with no values does that and is not sent. It may do so
 // once for every kept connection, so GetBody permits it once, and only at the start.
-func (o *Orchestrator) request(ctx context.Context, s *settings, j *Job, e *pool.Endpoint, body *inference.Edits, attempt int) *http.Request {
+func (o *Orchestrator) post(ctx context.Context, s *settings, j *Job, e *pool.Endpoint, c call) *http.Request {
 	start := time.Now()
 	var replayed atomic.Bool
 	req := &http.Request{
 		Method:        http.MethodPost,
-		URL:           &url.URL{Scheme: s.transport.scheme, Host: e.Hostport, Path: enginePath(j.Request.API)},
-		Header:        s.header(ctx, j, attempt),
+		URL:           &url.URL{Scheme: s.transport.scheme, Host: e.Hostport, Path: c.path},
+		Header:        s.header(ctx, j, c.id, c.attempt),
 		Host:          e.Hostport,
-		ContentLength: int64(body.Len()),
-		Body:          filled{body.Reader()},
+		ContentLength: int64(c.body.Len()),
+		Body:          filled{c.body.Reader()},
 		GetBody: func() (io.ReadCloser, error) {
 			if time.Since(start) > replayWithin || !replayed.CompareAndSwap(false, true) {
 				return nil, errReplayed
 			}
 			o.metrics.replays.Inc()
-			return filled{body.Reader()}, nil
+			return filled{c.body.Reader()}, nil
 		},
 	}
 	return req.WithContext(ctx)
@@ -69,7 +96,7 @@ func (f filled) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (s *settings) header(ctx context.Context, j *Job, attempt int) http.Header {
+func (s *settings) header(ctx context.Context, j *Job, id string, attempt int) http.Header {
 	h := http.Header{
 		"Content-Type":        {"application/json"},
 		"Accept":              {"application/json"},
@@ -84,7 +111,7 @@ func (s *settings) header(ctx context.Context, j *Job, attempt int) http.Header 
 			h[name] = append(h[name], value)
 		}
 	}
-	set("X-Request-Id", j.Request.ID)
+	set("X-Request-Id", id)
 	if span := trace.SpanContextFromContext(ctx); span.IsValid() {
 		set("Traceparent", traceparent(span))
 		set("Tracestate", span.TraceState().String())

@@ -13,48 +13,52 @@ import (
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
+	"github.com/baton-epp/baton/sidecar/connectors"
 )
 
 // run is one call of Orchestrator.Run.
 type run struct {
-	o    *Orchestrator
-	s    *settings
-	j    *Job
-	out  *Outcome
-	load *pool.Reservation // on the prefiller now in use
-	wire wire
+	o        *Orchestrator
+	s        *settings
+	j        *Job
+	out      *Outcome
+	load     *pool.Reservation // on the prefiller now in use
+	wire     wire
+	deadline time.Time // the end of the budget
+	tries    int       // prefills attempted
+	ended    func()    // closes the books of the prefill phase; nil when the leg does
 }
 
-// way settles how the request is served; it is wayAggregated whenever something rules prefill elsewhere out.
-func (r *run) way() way {
-	pick := r.j.Decision.Phase(scheduler.PhasePrefill)
-	switch {
-	case !pick.Wanted && len(pick.Ranked) == 0 || r.s.Mode == modeOff,
-		r.j.Body == nil || r.j.Request.Bars != 0,
-		r.j.Request.HasTransferFields && r.s.AcceptClientTransferFields: // the caller does it
-		return wayAggregated
-	case r.s.Mode == modeHeaders,
-		r.s.Mode == modeAuto && r.j.Decode != nil && r.j.Decode.Sidecar == pool.SidecarPresent:
+// phases runs what comes before decode.
+func (r *run) phases(ctx context.Context) error {
+	r.out.way = r.way()
+	if err := r.encode(ctx); err != nil {
+		return err
+	}
+	var err error
+	switch r.out.way {
+	case wayHeaders:
+		err = r.nameHost()
+	case wayOrchestrate:
+		r.o.peers.sweep(r.o.snapshot())
+		err = r.prefill(ctx)
+	case wayAggregated:
+	}
+	if err != nil {
+		return err
+	}
+	if r.out.Prefiller == nil {
+		r.spliceEncoded(true, r.j.Body)
+		r.pull()
+	}
+	if r.delegates() && len(r.out.Encoders) > 0 {
 		r.out.way = wayHeaders
-		return wayHeaders
+		r.out.Headers = append(r.out.Headers, inference.Header{Name: HeaderEncoders, Value: r.out.encoderHosts()})
 	}
-	var ok bool
-	if r.wire, ok = r.s.wire(r.engine()); !ok || !r.wire.Serves(r.j.Request.API) || r.wire.NeedsDecode && r.j.Decode == nil {
-		return wayAggregated
+	if r.out.way != wayHeaders {
+		r.out.Headers = r.s.headers(r.out, r.j.Decode)
 	}
-	r.out.way = wayOrchestrate
-	return wayOrchestrate
-}
-
-// engine is the decode endpoint's or, while there is none, the first prefiller's: it says which wire is spoken.
-func (r *run) engine() string {
-	if r.j.Decode != nil {
-		return r.j.Decode.Engine
-	}
-	if ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked; len(ranked) > 0 {
-		return ranked[0].Endpoint.Engine
-	}
-	return ""
+	return nil
 }
 
 // nameHost leaves prefill to the decode endpoint's sidecar and tells it where. Nobody tells us when that prefill
@@ -71,7 +75,7 @@ func (r *run) nameHost() error {
 		r.load.Expire(now, 0)
 		r.load = nil
 		r.out.Name, r.out.Prefiller = outcomeDisaggregated, e
-		r.out.Headers = []inference.Header{{Name: HeaderPrefiller, Value: e.Hostport}}
+		r.out.Headers = append(r.out.Headers, inference.Header{Name: HeaderPrefiller, Value: e.Hostport})
 		return nil
 	}
 	if r.s.OnFailure == "fail" {
@@ -89,19 +93,23 @@ func (r *run) move(i int, e *pool.Endpoint, tokens int64) {
 	}
 }
 
-// prefill runs the phase within the budget.
+// prefill runs the phase within the budget. A leg that runs on beside decode closes the phase's books itself.
 func (r *run) prefill(ctx context.Context) error {
-	start := r.j.Start
-	if start.IsZero() {
-		start = time.Now()
-	}
-	ctx, cancel := context.WithDeadlineCause(ctx, start.Add(r.s.Budget), ErrBudgetSpent)
+	ctx, cancel := context.WithDeadlineCause(ctx, r.deadline, ErrBudgetSpent)
 	defer cancel()
+	if enough, err := r.ask(ctx); enough || err != nil {
+		return err
+	}
 	ctx, end := startSpan(ctx, scheduler.PhasePrefill)
-	defer end()
 	began := time.Now()
-	defer func() {
+	r.ended = func() {
+		end()
 		r.o.metrics.phaseSeconds.WithLabelValues(scheduler.PhasePrefill.String()).Observe(time.Since(began).Seconds())
+	}
+	defer func() {
+		if r.ended != nil {
+			r.ended()
+		}
 	}()
 
 	r.o.retries.earn()
@@ -113,7 +121,7 @@ func (r *run) walk(ctx context.Context) error {
 	last := result{reason: reasonNoPrefiller}
 	ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked
 	for i := range ranked {
-		if len(r.out.Attempts) == r.s.Prefill.Attempts {
+		if r.tries == r.s.Prefill.Attempts {
 			break
 		}
 		now := time.Now()
@@ -127,7 +135,7 @@ func (r *run) walk(ctx context.Context) error {
 			}
 			break
 		}
-		if len(r.out.Attempts) > 0 && !r.retry() {
+		if r.tries > 0 && !r.retry() {
 			break
 		}
 		if !r.admit(e, i == 0, now) {
@@ -135,10 +143,7 @@ func (r *run) walk(ctx context.Context) error {
 		}
 		r.move(i, e, ranked[i].UncachedTokens)
 		r.o.reach(ctx, r.out, PrefillSelected)
-		last = r.attempt(ctx, e)
-		r.load.Release()
-		if last.reason == reasonOK {
-			r.deliver(ctx, e, &last)
+		if last = r.prefillBy(ctx, e, ranked[i].UncachedTokens); last.reason == reasonOK {
 			return nil
 		}
 		if !sequelOf(last.reason).next {
@@ -146,6 +151,24 @@ func (r *run) walk(ctx context.Context) error {
 		}
 	}
 	return r.finish(ctx, &last)
+}
+
+// prefillBy prefills at e, or starts to, and puts what it gave into the decode request.
+func (r *run) prefillBy(ctx context.Context, e *pool.Endpoint, uncached int64) result {
+	if r.beside() {
+		l, failed := r.launch(ctx, e, uncached)
+		if l == nil {
+			return failed
+		}
+		r.accompany(l)
+		return result{reason: reasonOK}
+	}
+	a, res := r.prefillAt(ctx, e, uncached)
+	r.load.Release()
+	if res.reason == reasonOK {
+		r.deliver(ctx, a, &res)
+	}
+	return res
 }
 
 // usable returns the endpoint as the snapshot has it now, or nil when it must not be asked: it left the pool, changed
@@ -197,49 +220,80 @@ func (r *run) retry() bool {
 }
 
 // deliver puts what the prefill gave into the decode request.
-func (r *run) deliver(ctx context.Context, e *pool.Endpoint, res *result) {
-	x := exchange(r.j, e)
-	r.wire.Decode(&x, res.answer.Handle, r.j.Body)
+func (r *run) deliver(ctx context.Context, a *attempt, res *result) {
+	r.take(a.e, a.x, res.answer.Handle)
 	out := r.out
-	out.Name, out.Prefiller, out.wire = outcomeDisaggregated, e, r.wire
-	out.HasHandle = res.answer.Handle != nil
+	out.HasHandle = a.wire.Claims && (res.answer.Handle != nil || a.x.Ticket != "")
 	out.HandleUntil = res.answered.Add(r.s.HandleMaxAge)
-	out.PrefillTokens = res.answer.PromptTokens
-	out.Headers = r.s.headers(out, r.j.Decode)
+	out.PrefillTokens, out.CachedTokens = res.answer.PromptTokens, cached(&res.answer)
 	r.o.reach(ctx, out, PrefillComplete)
 	if res.answer.Rewritten {
 		r.o.metrics.hostRewritten.Inc()
 		if r.o.loopbackSeen.CompareAndSwap(false, true) {
 			r.o.log.Warn("prefill endpoints name a loopback address in their handles: set VLLM_NIXL_SIDE_CHANNEL_HOST to the pod's address",
-				slog.String("endpoint", e.Hostport))
+				slog.String("endpoint", a.e.Hostport))
 		}
 	}
 }
 
+// accompany lets decode go on beside the leg, which is on its way.
+func (r *run) accompany(l *leg) {
+	r.take(l.e, &l.given, nil)
+	r.out.HasHandle, r.out.beside, r.out.leg = l.wire.Claims, true, l
+	r.out.HandleUntil = l.sentAt.Add(r.s.HandleMaxAge)
+	l.then(r.ended)
+	r.ended = nil
+}
+
+// take makes the decode request one that e prefilled for.
+func (r *run) take(e *pool.Endpoint, x *connectors.Exchange, handle []byte) {
+	r.wire.Decode(x, handle, r.j.Body)
+	r.spliceEncoded(false, r.j.Body)
+	r.out.Name, r.out.Prefiller, r.out.wire, r.out.x = outcomeDisaggregated, e, r.wire, x
+}
+
+// cached is how much of the prompt the prefiller found in its cache, -1 when it did not say.
+func cached(a *connectors.Answer) int64 {
+	if a.CachedTokens <= 0 && a.PromptTokens == 0 {
+		return -1
+	}
+	return a.CachedTokens
+}
+
 // finish ends a walk on which no prefiller delivered.
 func (r *run) finish(ctx context.Context, last *result) error {
-	where := func(err error) error {
-		if n := len(r.out.Attempts); n > 0 {
-			return fmt.Errorf("prefill %s attempt %d: %w", r.out.Attempts[n-1].Endpoint.Hostport, n, err)
-		}
-		return fmt.Errorf("prefill: %w", err)
+	if err := r.over(ctx, last); err != nil {
+		return err
 	}
-	switch {
-	case last.reason == reasonCanceled:
-		return where(context.Canceled)
-	case last.reason == reasonBudget, context.Cause(ctx) == ErrBudgetSpent: //nolint:errorlint // our own cause, never wrapped
-		return where(ErrBudgetSpent)
-	case !r.wire.Aggregates, r.s.OnFailure == "fail" && !sequelOf(last.reason).alone:
+	if !r.wire.Aggregates || r.s.OnFailure == "fail" && !sequelOf(last.reason).alone {
 		return r.phaseError(last)
 	}
 	r.fallBack(last.reason)
 	return nil
 }
 
-func (r *run) phaseError(last *result) error {
-	e := &PhaseError{Phase: scheduler.PhasePrefill, Status: last.status, Reason: last.reason, Err: last.err}
+// over is the error when the client left or the budget is spent.
+func (r *run) over(ctx context.Context, last *result) error {
+	var err error
+	switch {
+	case last.reason == reasonCanceled:
+		err = context.Canceled
+	case last.reason == reasonBudget, context.Cause(ctx) == ErrBudgetSpent: //nolint:errorlint // our own cause, never wrapped
+		err = ErrBudgetSpent
+	default:
+		return nil
+	}
 	if n := len(r.out.Attempts); n > 0 {
-		e.Endpoint, e.Attempt = r.out.Attempts[n-1].Endpoint.Hostport, n
+		a := &r.out.Attempts[n-1]
+		return fmt.Errorf("%s %s attempt %d: %w", a.Phase, a.Endpoint.Hostport, a.Number, err)
+	}
+	return fmt.Errorf("prefill: %w", err)
+}
+
+func (r *run) phaseError(last *result) error {
+	e := &PhaseError{Phase: scheduler.PhasePrefill, Attempt: r.tries, Status: last.status, Reason: last.reason, Err: last.err}
+	if n := len(r.out.Attempts); n > 0 && r.tries > 0 {
+		e.Endpoint = r.out.Attempts[n-1].Endpoint.Hostport
 	}
 	return e
 }

@@ -45,7 +45,7 @@ func TestPrefillThenDecode(t *testing.T) {
 		if out.Name != "disaggregated" || out.Prefiller != pe || !out.HasHandle || out.PrefillTokens == 0 || reasons(out) != "ok" {
 			t.Fatalf("outcome %+v", out)
 		}
-		r.Forward(t.Context(), j, out, de)
+		_ = r.Forward(t.Context(), j, out, de)
 		if code, text := decode(t, de, j); code != http.StatusOK || text != plain {
 			t.Errorf("decode answers %d %q, alone %q", code, text, plain)
 		}
@@ -240,7 +240,7 @@ func TestOtherShapes(t *testing.T) {
 	r.settings.Load().wires[""] = wire{blind{}, traits}
 	j := r.job(inference.Completions, clientBody, d, r.server("p", answer(`{}`)))
 	out := r.run(j)
-	r.Forward(t.Context(), j, out, d)
+	_ = r.Forward(t.Context(), j, out, d)
 	if out.Name != "disaggregated" || out.HasHandle || decodeBody(j) != clientBody || out.Checkpoint != DecodeForwarded {
 		t.Errorf("%+v; decode gets %s", out, decodeBody(j))
 	}

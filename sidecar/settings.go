@@ -3,6 +3,7 @@
 package sidecar
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -27,6 +28,7 @@ const (
 type settings struct {
 	config.Disaggregation
 	wires     map[string]wire // by engine; "" is every other engine
+	encoder   encoder
 	transport *transport
 	forward   []forwarded
 }
@@ -41,7 +43,7 @@ type wire struct {
 type forwarded struct{ name, canonical string }
 
 // newSettings prepares c. The transport of old, if any, is used on where nothing about it changed.
-func newSettings(c *config.Disaggregation, permitted func(netip.AddrPort) bool, old *settings) (*settings, error) {
+func newSettings(c *config.Disaggregation, permitted func(context.Context, netip.AddrPort) bool, old *settings) (*settings, error) {
 	s := &settings{Disaggregation: *c, wires: make(map[string]wire, len(c.KVConnector))}
 	var errs []error
 	if !slices.Contains([]string{modeAuto, modeOrchestrate, modeHeaders, modeOff}, c.Mode) {
@@ -58,6 +60,13 @@ func newSettings(c *config.Disaggregation, permitted func(netip.AddrPort) bool, 
 			continue
 		}
 		s.wires[engine] = wire{connector, traits}
+	}
+	if c.ECConnector != "" {
+		connector, traits, err := connectors.LookupEncoder(c.ECConnector)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("disaggregation.ecConnector: %w", err))
+		}
+		s.encoder = encoder{connector, traits}
 	}
 	for i, name := range c.Transport.ForwardHeaders {
 		name = strings.ToLower(name)
@@ -79,7 +88,7 @@ func ours(name string) bool {
 	case "accept", "accept-encoding", "content-encoding", "content-length", "content-type", "expect", "host",
 		"connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "trailer", "transfer-encoding",
 		"upgrade", "user-agent", "idempotency-key", "x-idempotency-key", "x-request-id", "traceparent", "tracestate",
-		HeaderAttempt, HeaderDepth, HeaderPrefiller, HeaderEncoders:
+		"x-data-parallel-rank", HeaderAttempt, HeaderDepth, HeaderPrefiller, HeaderEncoders:
 		return true
 	}
 	return strings.HasPrefix(name, ":")

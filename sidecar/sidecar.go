@@ -8,7 +8,9 @@
 // connectors. Floor 3.
 //
 // Checkpoints: an orchestrated request reaches PREFILL_SELECTED, PREFILL_COMPLETE, then, since decode engines pull
-// the blocks after they got the request, DECODE_FORWARDED before TRANSFER_COMPLETE. Each is counted once per request.
+// the blocks after they got the request, DECODE_FORWARDED before TRANSFER_COMPLETE. On a wire whose engines meet while
+// both work, decode is forwarded as soon as the prefill's request is on its way: DECODE_FORWARDED comes before
+// PREFILL_COMPLETE there, and nothing is retried after it. Each is counted once per request.
 // A retry before PREFILL_COMPLETE selects another prefiller; after it only decode is chosen anew. Engines do not read
 // the attempt header: what protects from doing work twice is that an attempt is over, its connection closed or its
 // answer read, before the next one starts.
@@ -55,6 +57,10 @@ type Orchestrator struct {
 	settings atomic.Pointer[settings]
 	reload   sync.Mutex // held while settings are swapped
 
+	background sync.WaitGroup  // what runs beside the streams' goroutines; each has a time limit
+	closing    context.Context //nolint:containedctx // ends with Close: prefills beside decode end, aborts are still sent
+	closed     context.CancelFunc
+
 	loopbackSeen atomic.Bool // the misconfiguration was logged
 }
 
@@ -81,6 +87,7 @@ func New(o Options) (*Orchestrator, error) {
 		snapshot: o.Snapshot,
 		retries:  newRetryBudget(o.Config.RetryBudget, time.Now()),
 	}
+	or.closing, or.closed = context.WithCancel(context.Background())
 	s, err := newSettings(&o.Config, or.permitted, nil)
 	if err = errors.Join(missing, err); err != nil {
 		return nil, err
@@ -117,8 +124,27 @@ func (o *Orchestrator) Reload(c config.Disaggregation) error {
 	return nil
 }
 
-// Close ends idle connections. Jobs in flight are ended by their contexts.
-func (o *Orchestrator) Close() { o.settings.Load().transport.CloseIdleConnections() }
+// Shutdown waits until nothing runs beside the streams' goroutines any more, as long as ctx permits, and closes.
+func (o *Orchestrator) Shutdown(ctx context.Context) {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		o.background.Wait()
+	}()
+	select {
+	case <-over:
+	case <-ctx.Done():
+	}
+	o.Close()
+}
+
+// Close ends prefills that run beside decode, waits for what runs beside the streams' goroutines (seconds at most) and
+// closes idle connections. Jobs in flight are ended by their contexts, and no new ones may come.
+func (o *Orchestrator) Close() {
+	o.closed()
+	o.background.Wait()
+	o.settings.Load().transport.CloseIdleConnections()
+}
 
 // Mode reports the mode in force (kill switch): auto, orchestrate, headers or off.
 func (o *Orchestrator) Mode() string { return o.settings.Load().Mode }
@@ -133,11 +159,12 @@ func (o *Orchestrator) DecodeAfter() bool { return o.settings.Load().DecodePick 
 func (o *Orchestrator) Budget() time.Duration { return o.settings.Load().Budget }
 
 // Run brings the job to the point where decode can be forwarded, blocking until then. ctx is the stream's: when it
-// ends, what runs is cancelled at once. Errors: *[PhaseError] (502), [ErrBudgetSpent] (504), [ErrLooped],
-// [context.Canceled] when the client left. The Outcome is never nil: beside an error it only tells how far the request
-// got (Attempts, Checkpoint), its Name is empty, and nothing may be forwarded.
+// ends, what runs is cancelled at once. Where the legs run at the same time, Run returns as soon as the prefill's request
+// is on its way, and [Outcome.Pending] tells when it is over. Errors: *[PhaseError] (502), [ErrBudgetSpent] (504),
+// [ErrLooped], [context.Canceled] when the client left. The Outcome is never nil: beside an error it only tells how far
+// the request got (Attempts, Checkpoint), its Name is empty, and nothing may be forwarded.
 func (o *Orchestrator) Run(ctx context.Context, j *Job) (*Outcome, error) {
-	r := run{o: o, s: o.settings.Load(), j: j, out: &Outcome{Name: outcomeAggregated}, load: j.PrefillLoad}
+	r := run{o: o, s: o.settings.Load(), j: j, out: &Outcome{Name: outcomeAggregated, CachedTokens: -1}, load: j.PrefillLoad}
 	defer func() { r.load.Release() }()
 	if j.Request.Headers.Has(HeaderDepth) {
 		o.metrics.looped.Inc()
@@ -147,15 +174,11 @@ func (o *Orchestrator) Run(ctx context.Context, j *Job) (*Outcome, error) {
 	if j.Body != nil && j.Request.HasTransferFields && !r.s.AcceptClientTransferFields {
 		j.Body.StripTransferFields()
 	}
-	var err error
-	switch r.way() {
-	case wayHeaders:
-		err = r.nameHost()
-	case wayOrchestrate:
-		o.peers.sweep(o.snapshot())
-		err = r.prefill(ctx)
-	case wayAggregated:
+	r.deadline = j.Start.Add(r.s.Budget)
+	if j.Start.IsZero() {
+		r.deadline = time.Now().Add(r.s.Budget)
 	}
+	err := r.phases(ctx)
 	if err != nil {
 		r.out.Name = ""
 	}

@@ -26,7 +26,7 @@ const (
 )
 
 // transport is the one way out to model servers. It follows no redirect, asks no proxy, keeps no cookie, resolves no
-// name, and dials nothing but addresses in the pool.
+// name, and dials nothing but addresses in the pool, and for an [introduction] one other port of such an endpoint.
 type transport struct {
 	*http.Transport
 	scheme string
@@ -42,7 +42,7 @@ type transportKey struct {
 }
 
 // newTransport makes the transport for c, or returns old's where nothing changed. A CA file is read again each time.
-func newTransport(c *config.Disaggregation, permitted func(netip.AddrPort) bool, old *settings) (*transport, error) {
+func newTransport(c *config.Disaggregation, permitted func(context.Context, netip.AddrPort) bool, old *settings) (*transport, error) {
 	key := transportKey{
 		c.Transport.Scheme, c.Transport.CACertPath, c.Transport.InsecureSkipVerify, c.Prefill.ConnectTimeout,
 		c.Prefill.MaxConcurrentPerEndpoint,
@@ -71,7 +71,7 @@ func newTransport(c *config.Disaggregation, permitted func(netip.AddrPort) bool,
 		Proxy: nil, // the environment must not redirect prompts
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 			addr, err := netip.ParseAddrPort(address)
-			if err != nil || !permitted(addr) {
+			if err != nil || !permitted(ctx, addr) {
 				return nil, errNotInPool
 			}
 			return dialer.DialTCP(ctx, "tcp", netip.AddrPort{}, addr)
@@ -86,6 +86,3 @@ func newTransport(c *config.Disaggregation, permitted func(netip.AddrPort) bool,
 		WriteBufferSize:        writeBufferBytes,
 	}}, nil
 }
-
-// permitted reports whether an address is in the pool now.
-func (o *Orchestrator) permitted(addr netip.AddrPort) bool { return o.snapshot().ByAddr(addr) != nil }

@@ -153,6 +153,21 @@ func TestReplay(t *testing.T) {
 		t.Errorf("%s over %d connections, %d requests", reasons(out), conns.Load(), requests.Load())
 	}
 	r.want(1, "replays_total")
+	// A prefill that runs beside decode has its own hold on the body.
+	r.settings.Load().wires[""] = wire{meeting{newRooms()}, waiting()}
+	broken.Store(1)
+	j := r.job(inference.Completions, clientBody, r.add("d", "decode", "10.9.9.9:8000"), p)
+	out, err := r.Run(t.Context(), j)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.Body, j.Request.Body = nil, inference.Body{}
+	<-out.Pending()
+	if err := r.Settle(t.Context(), j, out); err != nil || reasons(out) != "ok" || requests.Load() != 5 {
+		t.Errorf("%s over %d requests, %v", reasons(out), requests.Load(), err)
+	}
+	r.want(2, "replays_total")
+	r.settings.Load().wires = newRig(t, nil).settings.Load().wires
 	broken.Store(2)
 	if out := r.run(job()); out.Name != "fallback-reset" || len(out.Attempts) != 1 {
 		t.Errorf("%s after %s", out.Name, reasons(out))

@@ -46,6 +46,14 @@ type Stats struct {
 	Deaths        int `json:"deaths"`
 	InvalidParams int `json:"invalid_params"` // handles ignored for a missing field
 	Injected      int `json:"injected_faults"`
+
+	// Of media, over all processes.
+	Encoded          int `json:"encoded"`           // on encode legs
+	EncodedLocally   int `json:"encoded_locally"`   // by the engine that used it
+	FetchedEncodings int `json:"fetched_encodings"` // from the store or a peer
+	FailedEncodings  int `json:"failed_encodings"`
+	HeldEncodings    int `json:"held_encodings"` // now
+	LeakedEncodings  int `json:"leaked_encodings"`
 }
 
 // Stats returns the engine's counts.
@@ -57,21 +65,38 @@ func (e *Engine) Stats() Stats {
 	r.mu.Unlock()
 	s.Requests, s.Leaked, s.Pulls, s.PulledTokens, s.FailedPulls = t.requests, t.leaked, t.pulls, t.pulledTokens, t.failedPulls
 	s.WrongPulls, s.Aborts, s.Deaths, s.InvalidParams, s.Injected = t.wrongPulls, t.aborts, t.deaths, t.invalidParams, t.faults
+	s.Encoded, s.EncodedLocally, s.FetchedEncodings = t.encoded, t.encodedLocally, t.fetchedEncodings
+	s.FailedEncodings, s.LeakedEncodings, s.HeldEncodings = t.failedEncodings, t.leakedEncodings, len(e.HeldEncodings())
 	p := e.running()
 	if p == nil {
 		return s
 	}
+	s.Alive, s.EngineID = true, p.id
+	for _, q := range p.ranks {
+		s.addRank(q)
+	}
+	s.KVCacheUsage /= float64(len(p.ranks))
+	return s
+}
+
+// addRank adds one rank's counts.
+func (s *Stats) addRank(p *process) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	capacity, adapter := p.waiting()
-	s.Alive, s.EngineID = true, p.id
-	s.Running, s.Waiting, s.Deferred = p.running, capacity, p.deferred+adapter
-	s.HeldBlocks, s.Leases, s.KVCacheUsage = p.cache.used(), len(p.leases), p.cache.usage()
+	s.Running += p.running
+	s.Waiting += capacity
+	s.Deferred += p.deferred + adapter
+	s.HeldBlocks += p.cache.used()
+	s.Leases += len(p.leases)
+	s.KVCacheUsage += p.cache.usage()
 	m, sl := &p.meter, metricSlots()
-	s.PromptTokens, s.GenerationTokens = int(m.get(sl.promptTokens)), int(m.get(sl.generationTokens))
-	s.PrefixQueries, s.PrefixHits = int(m.get(sl.prefixQueries)), int(m.get(sl.prefixHits))
-	s.RemoteTokens, s.Expired = int(m.get(sl.sourceRemote)), int(m.get(sl.expired))
-	return s
+	s.PromptTokens += int(m.get(sl.promptTokens))
+	s.GenerationTokens += int(m.get(sl.generationTokens))
+	s.PrefixQueries += int(m.get(sl.prefixQueries))
+	s.PrefixHits += int(m.get(sl.prefixHits))
+	s.RemoteTokens += int(m.get(sl.sourceRemote))
+	s.Expired += int(m.get(sl.expired))
 }
 
 // serveFaults reads (GET) or replaces (POST, PUT) the engine's faults.
@@ -109,6 +134,9 @@ type State struct {
 	AbortList  []Abort `json:"recent_aborts"`
 	DeathList  []Death `json:"deaths_list"`
 	Faults     Faults  `json:"faults"`
+
+	EncodingList []Encoding `json:"recent_encodings,omitempty"`
+	PinList      []Pin      `json:"pins,omitempty"` // encoded items that wait for their consumers
 }
 
 // State returns everything that GET /admin/state tells.
@@ -116,12 +144,30 @@ func (e *Engine) State() State {
 	return State{
 		Stats: e.Stats(), Holds: e.Held(), LeakedList: tailOf(e.Leaked()), PullList: tailOf(e.Pulls()),
 		AbortList: tailOf(e.Aborts()), DeathList: tailOf(e.Deaths()), Faults: e.Faults(),
+		EncodingList: tailOf(e.Encodings()), PinList: tailOf(e.HeldEncodings()),
 	}
 }
 
 func tailOf[T any](list []T) []T { return list[max(0, len(list)-32):] }
 
 func (p *process) serveState(x *exchange) { x.json(http.StatusOK, marshal(p.e.State())) }
+
+// serveClock moves the clock of the lease timers by jump_ms (before scaling).
+func (p *process) serveClock(x *exchange) {
+	body, ok := x.readBody()
+	if !ok {
+		return
+	}
+	var in struct {
+		Jump int `json:"jump_ms"`
+	}
+	if err := json.Unmarshal(body, &in); err != nil {
+		x.fail(badRequest("", "%s", err.Error()))
+		return
+	}
+	p.e.JumpClock(time.Duration(in.Jump) * time.Millisecond)
+	x.json(http.StatusOK, []byte(`{"jumped":true}`))
+}
 
 // serveKill ends the process, after the answer, and starts it again after restart_after_ms (real milliseconds), if given.
 func (p *process) serveKill(x *exchange) {

@@ -39,7 +39,7 @@ func newBlockCache(size, total int) *blockCache {
 }
 
 // usage is the fraction of blocks in use, leases included.
-func (c *blockCache) usage() float64 { return float64(c.used()) / float64(c.total-1) }
+func (c *blockCache) usage() float64 { return 1 - float64(c.free)/float64(c.total-1) }
 
 func (c *blockCache) used() int { return c.total - 1 - c.free }
 

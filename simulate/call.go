@@ -17,6 +17,7 @@ const (
 	apiResponses
 	apiMessages
 	apiGenerate
+	apiNative // SGLang's /generate
 )
 
 // call is one generation request, read and checked.
@@ -43,11 +44,22 @@ type call struct {
 	returnTokens bool
 	cacheSalt    string
 	prompts      [][]uint32
-	texts        []string // of the prompts, where they were text
-	transfer     *transfer
+	media        []mediaItem
+	encodings    map[string]*encodingHandle // of the media, from ec_transfer_params
+	texts        []string                   // of the prompts, where they were text
+	transfer     *transfer                  // of NIXL
+	leg          leg                        // of another wire
 	phase        string
+	fields       *fields // of the body, until the request is queued
+	extra        *fields // of sampling_params.extra_args, nil where there is none
 	attempt      string
 	requestID    string // X-Request-Id
+
+	// Of SGLang.
+	rids         []string // request id of each sequence, where the body names them
+	batch        bool     // the prompt is a list
+	each         []limits // of each prompt, where they differ
+	logprobStart int      // prompt token from which on log probabilities are answered; -1 none
 }
 
 const (
@@ -55,6 +67,8 @@ const (
 	phaseTransfer = "transfer"
 	phasePlain    = "plain"
 	phaseDecode   = "decode"
+	phaseEncode   = "encode"
+	phaseQuery    = "query" // of a bootstrap server
 	phaseAny      = "any"
 )
 
@@ -80,7 +94,7 @@ func (c *call) sequenceID(prompt, child int) string {
 		id += "-" + strconv.Itoa(prompt)
 	case apiResponses:
 		id += "_" + strconv.Itoa(prompt)
-	case apiChat, apiMessages, apiGenerate:
+	case apiChat, apiMessages, apiGenerate, apiNative:
 	}
 	if c.n > 1 {
 		id = strconv.Itoa(child) + "_" + id
@@ -99,8 +113,8 @@ func (c *call) answerSeed(child int) uint64 {
 // limit is how many tokens q may have.
 func (c *call) limit(q *sequence) int {
 	room := c.modelLimit - q.prompt
-	if c.maxTokens > 0 {
-		return min(c.maxTokens, room)
+	if n := c.limitsOf(q).maxTokens; n > 0 {
+		return min(n, room)
 	}
 	return room
 }

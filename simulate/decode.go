@@ -61,6 +61,9 @@ func (p *process) step(c *call, g *group, emit emitter) (live bool, err error) {
 	}
 	p.mu.Lock()
 	p.meter.add(metricSlots().generationTokens, float64(made))
+	if len(g.seqs[0].generated) > 1 { // the first token came with the prefill's step
+		p.meter.observe(metricSlots().iteration, float64(made), 1)
+	}
 	p.mu.Unlock()
 	return live, nil
 }
@@ -70,8 +73,9 @@ func (c *call) advance(q *sequence, text string) string {
 	before := len(q.text)
 	q.text = append(q.text, text...)
 	made := len(q.generated)
-	if made >= c.minTokens {
-		for _, s := range c.stop {
+	own := c.limitsOf(q)
+	if made >= own.minTokens {
+		for _, s := range own.stop {
 			window := max(0, before-len(s))
 			if i := strings.Index(string(q.text[window:]), s); i >= 0 {
 				q.text = q.text[:window+i]

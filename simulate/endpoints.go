@@ -14,11 +14,29 @@ func (p *process) serveHealth(x *exchange) {
 
 func (p *process) serveVersion(x *exchange) { x.json(http.StatusOK, []byte(`{"version":"0.32.0"}`)) }
 
+// serveWeightInfo answers what vLLM serves in development mode.
+func (p *process) serveWeightInfo(x *exchange) {
+	x.json(http.StatusOK, []byte(`{"weight_version":"default"}`))
+}
+
+// refusePreflight answers a CORS preflight, whose origin a vLLM without --allowed-origins does not allow.
+func (x *exchange) refusePreflight() {
+	h := x.w.Header()
+	h["Vary"] = []string{"Origin, Access-Control-Request-Method, Access-Control-Request-Headers, Access-Control-Request-Private-Network"}
+	h["Access-Control-Allow-Methods"] = []string{"DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, QUERY"}
+	h["Access-Control-Max-Age"] = []string{"600"}
+	h["Content-Type"] = []string{"text/plain; charset=utf-8"}
+	x.json(http.StatusBadRequest, []byte("Disallowed CORS origin"))
+}
+
 func (p *process) serveLoad(x *exchange) {
-	p.mu.Lock()
-	capacity, adapter := p.waiting()
-	n := p.running + capacity + adapter + p.deferred
-	p.mu.Unlock()
+	n := 0
+	for _, q := range p.ranks {
+		q.mu.Lock()
+		capacity, adapter := q.waiting()
+		n += q.running + capacity + adapter + q.deferred
+		q.mu.Unlock()
+	}
 	x.json(http.StatusOK, marshal(struct {
 		Load int `json:"server_load"`
 	}{n}))
@@ -160,8 +178,10 @@ func (p *process) serveDetokenize(x *exchange) {
 
 // serveResetCache drops the prefix cache (vLLM serves this in development mode).
 func (p *process) serveResetCache(x *exchange) {
-	p.mu.Lock()
-	p.cache.evict()
-	p.mu.Unlock()
+	for _, q := range p.ranks {
+		q.mu.Lock()
+		q.cache.evict()
+		q.mu.Unlock()
+	}
 	p.serveHealth(x)
 }

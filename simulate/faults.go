@@ -15,14 +15,15 @@ import (
 // Faults are what goes wrong on one engine. They are read from JSON by POST /admin/faults, which replaces all of them.
 type Faults struct {
 	Rules   []Fault `json:"rules,omitempty"`   // the first that matches a request is injected
-	Metrics string  `json:"metrics,omitempty"` // "", "frozen", "hang", "nan", "missing" (the load gauges) or "500"
+	Metrics string  `json:"metrics,omitempty"` // see [MetricsFaults]
+	Encoder string  `json:"encoder,omitempty"` // what an encoder answers those who read from it: a NACK kind, "silent" or "stall"
 	Refuse  bool    `json:"refuse,omitempty"`  // the listener is closed: connections are refused
 }
 
 // Fault breaks some generation requests in one way.
 type Fault struct {
 	// Which requests. Phase: "prefill" (do_remote_decode), "transfer" (with a handle), "plain", "decode" (all but
-	// prefill), "" or "any".
+	// prefill), "query" (of a bootstrap server), "" or "any".
 	Phase       string  `json:"phase,omitempty"`
 	Probability float64 `json:"probability,omitempty"` // 0 is always
 	Next        int     `json:"next,omitempty"`        // only the next N requests that match; 0 is without end
@@ -36,11 +37,14 @@ type Fault struct {
 	// How.
 	Status         int    `json:"status,omitempty"`           // of "status"; default 503
 	Body           string `json:"body,omitempty"`             // of "status"; default the engine's own error object
-	RetryAfter     string `json:"retry_after,omitempty"`      // header of "status"
+	RetryAfter     string `json:"retry_after,omitempty"`      // header of "status"; default 1 for 429, "-" is none
 	After          int    `json:"after,omitempty"`            // stream events sent before a stream breaks; default 1
 	BytesPerSecond int    `json:"bytes_per_second,omitempty"` // of "slow_body"; default 1024
 	DelayMS        int    `json:"delay_ms,omitempty"`         // of "delay", scaled; milliseconds
 	Size           int    `json:"size,omitempty"`             // of "huge_body", bytes; default 8 MiB
+	Bytes          int    `json:"bytes,omitempty"`            // of "split_sse": bytes of each write, whatever they belong to; default 1
+	At             string `json:"at,omitempty"`               // of "die": the checkpoint, see [Checkpoints]; default arrival
+	RestartMS      int    `json:"restart_ms,omitempty"`       // of "die": when the process starts again, real milliseconds; 0 is never
 
 	left *int // of Next, shared by copies
 }
@@ -70,7 +74,21 @@ const (
 	metricsNaN         = "nan"
 	metricsMissing     = "missing"
 	metricsServerError = "500"
+
+	metricsContradictory = "contradictory"
 )
+
+// MetricsFaults lists the values of [Faults.Metrics] with what each does.
+func MetricsFaults() map[string]string {
+	return map[string]string{
+		metricsFrozen:        "the page stays as it is, over restarts too",
+		metricsHang:          "no answer until the scraper leaves",
+		metricsNaN:           "load gauges are NaN",
+		metricsMissing:       "no load gauges",
+		metricsContradictory: "load gauges out of range and at odds with each other",
+		metricsServerError:   "status 500",
+	}
+}
 
 // FaultKinds lists the values of [Fault.Kind] with what each does.
 func FaultKinds() map[string]string {
@@ -90,7 +108,7 @@ func FaultKinds() map[string]string {
 		faultNoHandle:     "a prefill answer without kv_transfer_params; its blocks stay pinned",
 		faultOddHandle:    "a handle with big integers, escapes, nested unknown fields and another key order",
 		faultTruncatedSSE: "a stream that ends inside an event, with a proper end of the body",
-		faultSplitSSE:     "stream events cut at every byte",
+		faultSplitSSE:     "a stream cut at every byte, or into pieces of some bytes",
 		faultFinishError:  "200 with finish_reason error, as a wedged pair answers",
 		faultDie:          "the engine process ends",
 	}
@@ -102,15 +120,21 @@ func (f *Faults) check() error {
 		if _, ok := FaultKinds()[r.Kind]; !ok {
 			errs = append(errs, fmt.Errorf("rules[%d].kind: %q is not known", i, r.Kind))
 		}
-		if !slices.Contains([]string{"", phaseAny, phasePrefill, phaseTransfer, phasePlain, phaseDecode}, r.Phase) {
+		if !slices.Contains([]string{"", phaseAny, phasePrefill, phaseTransfer, phasePlain, phaseDecode, phaseEncode, phaseQuery}, r.Phase) {
 			errs = append(errs, fmt.Errorf("rules[%d].phase: %q is not known", i, r.Phase))
+		}
+		if r.At != "" && (r.Kind != faultDie || !slices.Contains(Checkpoints(), r.At)) {
+			errs = append(errs, fmt.Errorf("rules[%d].at: %q, must be a checkpoint of a fault that dies: %s", i, r.At, strings.Join(Checkpoints(), ", ")))
 		}
 		if r.Probability < 0 || r.Probability > 1 {
 			errs = append(errs, fmt.Errorf("rules[%d].probability: %v, must be 0 to 1", i, r.Probability))
 		}
 	}
-	if !slices.Contains([]string{"", metricsFrozen, metricsHang, metricsNaN, metricsMissing, metricsServerError}, f.Metrics) {
+	if _, ok := MetricsFaults()[f.Metrics]; !ok && f.Metrics != "" {
 		errs = append(errs, fmt.Errorf("metrics: %q is not known", f.Metrics))
+	}
+	if !slices.Contains(encoderFaults(), f.Encoder) {
+		errs = append(errs, fmt.Errorf("encoder: %q is not known", f.Encoder))
 	}
 	return errors.Join(errs...)
 }
@@ -133,10 +157,11 @@ func ParseFault(s string) (Fault, error) {
 
 func (f *Fault) setKey(key, value string) error {
 	texts := map[string]*string{
-		"kind": &f.Kind, "phase": &f.Phase, "request_id": &f.RequestID, "attempt": &f.Attempt, "body": &f.Body, "retry_after": &f.RetryAfter,
+		"kind": &f.Kind, "phase": &f.Phase, "request_id": &f.RequestID, "attempt": &f.Attempt, "body": &f.Body, "retry_after": &f.RetryAfter, "at": &f.At,
 	}
 	ints := map[string]*int{
 		"next": &f.Next, "status": &f.Status, "after": &f.After, "bytes_per_second": &f.BytesPerSecond, "delay_ms": &f.DelayMS, "size": &f.Size,
+		"bytes": &f.Bytes, "restart_ms": &f.RestartMS,
 	}
 	var err error
 	switch {
@@ -158,12 +183,13 @@ func (f *Fault) setKey(key, value string) error {
 type faultState struct {
 	mu     sync.Mutex
 	faults Faults
-	frozen []byte // the metrics page while it is frozen
+	frozen [maxRanks]*meter // the metrics page's values while it is frozen, by rank
 }
 
 func (s *faultState) set(f Faults) {
 	rules := slices.Clone(f.Rules)
 	for i := range rules {
+		rules[i].Late = rules[i].Late || rules[i].At == atDone
 		if rules[i].Next > 0 {
 			rules[i].left = new(rules[i].Next)
 		}
@@ -171,7 +197,7 @@ func (s *faultState) set(f Faults) {
 	f.Rules = rules
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults, s.frozen = f, nil
+	s.faults, s.frozen = f, [maxRanks]*meter{}
 }
 
 func (s *faultState) get() Faults {
@@ -205,7 +231,7 @@ func (f *Fault) matches(c *call) bool {
 	switch f.Phase {
 	case "", phaseAny:
 	case phaseDecode:
-		if c.phase == phasePrefill {
+		if slices.Contains([]string{phasePrefill, phaseEncode, phaseQuery}, c.phase) {
 			return false
 		}
 	default:

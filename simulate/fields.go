@@ -219,6 +219,13 @@ func (f *fields) object(name string) *fields {
 	return sub
 }
 
+// adopt makes the first error of a nested object this one's.
+func (f *fields) adopt(sub *fields) {
+	if f.err == nil {
+		f.err = sub.err
+	}
+}
+
 // readTransfer reads kv_transfer_params.
 func readTransfer(f *fields) *transfer {
 	t := &transfer{
@@ -228,6 +235,7 @@ func readTransfer(f *fields) *transfer {
 	t.port, _ = f.integer("remote_port")
 	t.tpSize, _ = f.integer("tp_size")
 	t.cachedTokens, _ = f.integer("remote_prefill_cached_tokens")
+	t.push = f.text("transfer_mode") == transferPush
 	v, ok := f.raw("remote_block_ids")
 	if !ok || v[0] != '[' {
 		return t

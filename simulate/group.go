@@ -27,7 +27,8 @@ type sequence struct {
 	headroom int    // blocks that must be free beyond its own before it is let in again, after a preemption
 	counted  bool   // in the prefix cache metrics
 
-	seed       uint64 // of the answer
+	seed       uint64   // of the answer
+	given      []uint32 // its first tokens, where another engine made them
 	generated  []uint32
 	text       []byte
 	finish     string // "", length, stop or error
@@ -44,7 +45,9 @@ type group struct {
 	arrived time.Time
 	first   time.Time // first token
 	state   string    // for Held and Aborts: queued, prefill, deferred, pull, decode
-	remote  *transfer // the handle to pull with, nil for none
+	remote  *transfer // the NIXL handle to pull with, nil for none
+	leg     leg       // the part in another wire's transfer, nil for none
+	fault   *Fault    // to inject, nil for none
 }
 
 // key is the prefix cache key of a block whose prefix hash is h.
@@ -76,7 +79,11 @@ func (q *sequence) parent() uint64 {
 
 // next generates the sequence's next token.
 func (q *sequence) next() uint32 {
-	t := nextToken(q.seed^q.wrong, len(q.generated), q.wrong != 0)
+	i := len(q.generated)
+	t := nextToken(q.seed^q.wrong, i, q.wrong != 0)
+	if i < len(q.given) {
+		t = q.given[i]
+	}
 	q.generated = append(q.generated, t)
 	return t
 }

@@ -25,7 +25,10 @@ func (p *process) injectEarly(x *exchange) bool {
 	case faultStatus:
 		x.failStatus()
 	case faultDie:
-		p.e.die(p, nil, "", "fault")
+		if !f.diesAt("", atArrival, atDone) {
+			return false
+		}
+		p.kill(f)
 	case faultDelay:
 		var sl sleeper
 		defer sl.close()
@@ -42,12 +45,16 @@ func (x *exchange) failStatus() {
 	if status == 0 {
 		status = http.StatusServiceUnavailable
 	}
-	if f.RetryAfter != "" {
-		x.w.Header().Set("Retry-After", f.RetryAfter)
+	after := f.RetryAfter
+	if after == "" && status == http.StatusTooManyRequests {
+		after = "1"
+	}
+	if after != "" && after != "-" {
+		x.w.Header().Set("Retry-After", after)
 	}
 	body := []byte(f.Body)
 	if f.Body == "" {
-		body = (&apiError{status: status, kind: kindOf(status), message: "injected fault"}).body(x.api)
+		body = x.errorBody(&apiError{status: status, kind: kindOf(status), message: "injected fault"})
 	}
 	x.json(status, body)
 }
@@ -86,7 +93,7 @@ func (x *exchange) answerJSON(body []byte) {
 	case faultContentType:
 		x.w.Header().Set("Content-Type", x.contentType(""))
 		x.json(http.StatusOK, body)
-	case faultResetAfter, faultResetMid, faultHangMid, faultSlow:
+	case faultResetAfter, faultResetMid, faultHangMid, faultSlow, faultDie:
 		x.breakJSON(body)
 	default:
 		x.json(http.StatusOK, body)
@@ -126,6 +133,13 @@ func (x *exchange) breakJSON(body []byte) {
 		<-x.r.Context().Done()
 	case faultSlow:
 		x.trickle(x.r.Context(), body, send)
+	case faultDie:
+		if x.fault.At == atStreaming {
+			send(body[:len(body)/2])
+		} else {
+			send(nil)
+		}
+		x.p.kill(x.fault)
 	}
 }
 
@@ -169,18 +183,33 @@ func (s *sse) breakEvent(f *Fault, text string) error {
 			return errInjected
 		}
 	case faultSplitSSE:
-		for i := range len(text) {
-			if err := s.write(text[i : i+1]); err != nil {
-				return err
-			}
+		s.held += text
+		return s.cut(max(f.Bytes, 1))
+	case faultDie:
+		if f.At == atFirstByte || due && f.At == atStreaming {
+			s.x.p.kill(f)
+			return errInjected
 		}
-		return nil
 	case faultSlow:
 		s.x.trickle(s.x.r.Context(), []byte(text), func(b []byte) bool { return s.write(string(b)) == nil })
 		return s.x.r.Context().Err()
 	}
 	return s.write(text)
 }
+
+// cut writes what is held in pieces of n bytes and keeps the rest.
+func (s *sse) cut(n int) error {
+	for len(s.held) >= n && s.held != "" {
+		if err := s.write(s.held[:n]); err != nil {
+			return err
+		}
+		s.held = s.held[n:]
+	}
+	return nil
+}
+
+// drain writes what is held at a stream's end.
+func (s *sse) drain() { _ = s.cut(max(len(s.held), 1)) }
 
 // oddHandle is the handle that goes out: as it is, withheld, or in a shape that only opaque copying survives.
 func (x *exchange) oddHandle(h json.RawMessage) json.RawMessage {

@@ -9,15 +9,17 @@ import (
 
 // lease pins the blocks of a finished prefill until a decode engine has read them or nobody came.
 type lease struct {
-	id      string // remote_request_id
-	request string // the HTTP request's id
-	blocks  []int32
-	tokens  int
-	raw     json.RawMessage // the handle as given out; nil when none was
-	noRaw   string          // why none was
-	since   time.Time
-	expires time.Time
-	timer   *time.Timer
+	id       string // remote_request_id
+	request  string // the HTTP request's id
+	blocks   []int32
+	tokens   int
+	raw      json.RawMessage // the handle as given out; nil when none was
+	noRaw    string          // why none was
+	buffered *written        // what another engine wrote here, in the place of blocks
+	why      string          // of the leak, when nobody comes; default "lease expired"
+	since    time.Time
+	expires  time.Time   // zero for never
+	timer    *time.Timer // nil for never
 }
 
 // handle is kv_transfer_params of a prefill answer, current generation.
@@ -35,7 +37,21 @@ type handle struct {
 	NumTokens       int       `json:"remote_num_tokens"`
 	Expiry          *float64  `json:"remote_blocks_expiry_time"`
 	Mode            string    `json:"transfer_mode"`
-	CachedTokens    int       `json:"remote_prefill_cached_tokens"`
+	CachedTokens    *int      `json:"remote_prefill_cached_tokens,omitempty"` // only where no more than one token was generated
+}
+
+// pushHandle is the same where the prefill engine writes: without block ids.
+type pushHandle struct {
+	DoRemotePrefill bool   `json:"do_remote_prefill"`
+	DoRemoteDecode  bool   `json:"do_remote_decode"`
+	EngineID        string `json:"remote_engine_id"`
+	RequestID       string `json:"remote_request_id"`
+	Host            string `json:"remote_host"`
+	Port            int    `json:"remote_port"`
+	TPSize          int    `json:"tp_size"`
+	NumTokens       int    `json:"remote_num_tokens"`
+	Mode            string `json:"transfer_mode"`
+	CachedTokens    int    `json:"remote_prefill_cached_tokens"`
 }
 
 // oldHandle is the same of the old generation: flat block ids and fewer fields.
@@ -52,15 +68,24 @@ type oldHandle struct {
 
 func (p *process) handleOf(q *sequence) json.RawMessage {
 	e := p.e
-	var v any = handle{
+	current := handle{
 		DoRemotePrefill: true, BlockIDs: [][]int32{q.blocks}, EngineID: p.id, RequestID: q.id, Host: e.remoteHost(),
-		Port: e.sidePort, TPSize: e.opts.TPSize, DCPSize: 1, PPSize: 1, NumTokens: len(q.tokens), Mode: "pull",
-		CachedTokens: q.cached,
+		Port: p.sidePort(), TPSize: e.opts.TPSize, DCPSize: 1, PPSize: 1, NumTokens: len(q.tokens), Mode: "pull",
 	}
-	if e.opts.Generation == generationOld {
+	if len(q.generated) <= 1 {
+		current.CachedTokens = &q.cached
+	}
+	var v any = current
+	switch {
+	case e.opts.Connector == connectorPush:
+		v = pushHandle{
+			DoRemotePrefill: true, EngineID: p.id, RequestID: q.id, Host: e.remoteHost(), Port: p.sidePort(),
+			TPSize: e.opts.TPSize, NumTokens: len(q.tokens), Mode: transferPush, CachedTokens: q.cached,
+		}
+	case e.opts.Generation == generationOld:
 		v = oldHandle{
 			DoRemotePrefill: true, BlockIDs: q.blocks, EngineID: p.id, RequestID: q.id, Host: e.remoteHost(),
-			Port: e.sidePort, TPSize: e.opts.TPSize,
+			Port: p.sidePort(), TPSize: e.opts.TPSize,
 		}
 	}
 	return marshal(v)
@@ -76,7 +101,7 @@ func (p *process) pin(g *group, c *call, odd func(json.RawMessage) json.RawMessa
 		if p.e.opts.Generation == generationOld && q.finish != finishLength {
 			continue // freed at once, no handle
 		}
-		l := &lease{id: q.id, request: c.id, tokens: len(q.tokens), since: time.Now()}
+		l := &lease{id: q.id, request: c.id}
 		switch {
 		case c.stream:
 			l.noRaw = "streamed prefill: no handle in chunks"
@@ -89,10 +114,7 @@ func (p *process) pin(g *group, c *call, odd func(json.RawMessage) json.RawMessa
 		if given == nil && l.noRaw == "" {
 			l.noRaw = "handle withheld by a fault"
 		}
-		l.blocks, q.blocks = q.blocks, nil
-		p.leases[l.id] = l
-		l.expires = l.since.Add(p.e.timing.lease)
-		l.timer = time.AfterFunc(p.e.timing.lease, func() { p.expire(l) })
+		p.keepLocked(q, l, max(p.e.timing.lease, 1))
 	}
 	return given
 }
@@ -100,31 +122,47 @@ func (p *process) pin(g *group, c *call, odd func(json.RawMessage) json.RawMessa
 // expire frees a lease that ran out, unless it was extended meanwhile.
 func (p *process) expire(l *lease) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.leases[l.id] != l {
-		p.mu.Unlock()
 		return
 	}
 	if rest := time.Until(l.expires); rest > 0 {
 		l.timer.Reset(rest)
-		p.mu.Unlock()
 		return
 	}
-	leak := Leak{
-		Engine: p.e.opts.Name, RequestID: l.request, RemoteRequestID: l.id, Blocks: len(l.blocks), Tokens: l.tokens,
-		Since: l.since, At: time.Now(), Reason: "lease expired",
+	why := l.why
+	if why == "" {
+		why = "lease expired"
 	}
 	if l.noRaw != "" {
-		leak.Reason += ": " + l.noRaw
+		why += ": " + l.noRaw
 	}
-	p.e.records.leak(leak) // first, so that whoever sees no hold sees the leak
-	p.freeLocked(l)
+	p.leakLocked(l, why)
 	p.meter.add(metricSlots().expired, 1)
-	p.mu.Unlock()
+}
+
+// leakLocked frees a lease that nobody came for.
+func (p *process) leakLocked(l *lease, why string) {
+	p.e.records.leak(Leak{ // first, so that whoever sees no hold sees the leak
+		Engine: p.e.opts.Name, RequestID: l.request, RemoteRequestID: l.id, Blocks: l.size(), Tokens: l.tokens,
+		Since: l.since, At: time.Now(), Reason: why,
+	})
+	p.freeLocked(l)
+}
+
+// size is the number of blocks kept, in the pool or in a receiver buffer.
+func (l *lease) size() int {
+	if l.buffered != nil {
+		return len(l.buffered.keys)
+	}
+	return len(l.blocks)
 }
 
 func (p *process) freeLocked(l *lease) {
 	delete(p.leases, l.id)
-	l.timer.Stop()
+	if l.timer != nil {
+		l.timer.Stop()
+	}
 	p.cache.release(l.blocks)
 	p.admit()
 }
@@ -153,7 +191,9 @@ func (p *process) extend(id string) {
 
 func (p *process) stopLeasesLocked() {
 	for id, l := range p.leases {
-		l.timer.Stop()
+		if l.timer != nil {
+			l.timer.Stop()
+		}
 		delete(p.leases, id)
 	}
 }

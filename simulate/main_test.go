@@ -76,7 +76,7 @@ func newPair(t *testing.T, o Options) (prefill, decode *Engine) {
 // settle waits until no block is held, which is the check after every scenario: leases end as leaks.
 func settle(t *testing.T, e *Engine) {
 	t.Helper()
-	eventually(t, e.opts.Name+" holds no block", func() bool { return len(e.Held()) == 0 && e.Stats().HeldBlocks == 0 })
+	eventually(t, e.opts.Name+" holds no block", func() bool { return len(e.Held()) == 0 && e.Stats().HeldBlocks == 0 && e.Stats().HeldEncodings == 0 })
 	s := e.Stats()
 	if s.Running+s.Waiting+s.Deferred != 0 {
 		t.Errorf("engine %s at the end: %+v", e.opts.Name, s)

@@ -3,6 +3,7 @@
 package simulate
 
 import (
+	"slices"
 	"sync"
 	"time"
 )
@@ -20,6 +21,7 @@ type slotIndex struct {
 	ttft, itl, tpot, e2e, queueTime, inference, prefill, decode *histogram
 	promptHist, generationHist, maxTokens, paramN, computed     *histogram
 	xferTime, postTime, bytes, descriptors, preempted           *histogram
+	mediaQueries, mediaHits                                     int
 	maxGeneration, iteration                                    *histogram
 }
 
@@ -47,6 +49,7 @@ var metricSlots = sync.OnceValue(func() *slotIndex {
 		failedTransfers: at("nixl_num_failed_transfers_total"), expired: at("nixl_num_kv_expired_reqs_total"),
 		lateNotifications: at("nixl_num_notifications_after_expiry_total"),
 		successStop:       at(`request_success_total{finished_reason="stop"}`), successLength: at(`request_success_total{finished_reason="length"}`),
+		mediaQueries: at("mm_cache_queries_total"), mediaHits: at("mm_cache_hits_total"),
 		successError: at(`request_success_total{finished_reason="error"}`),
 		ttft:         h("time_to_first_token_seconds"), itl: h("inter_token_latency_seconds"), tpot: h("request_time_per_output_token_seconds"),
 		e2e: h("e2e_request_latency_seconds"), queueTime: h("request_queue_time_seconds"), inference: h("request_inference_time_seconds"),
@@ -65,6 +68,11 @@ type meter struct {
 	lora    []loraSeries
 }
 
+// clone is a copy that stays as it is.
+func (m *meter) clone() *meter {
+	return &meter{values: slices.Clone(m.values), created: m.created, lora: slices.Clone(m.lora)}
+}
+
 // loraSeries is one line of vllm:lora_requests_info; old ones stay for ever, as at a real server.
 type loraSeries struct {
 	running, waiting string
@@ -72,7 +80,7 @@ type loraSeries struct {
 }
 
 func (m *meter) init(now time.Time) {
-	m.values = make([]float64, len(captured().index))
+	m.values = make([]float64, len(captured().index)+derivedCount)
 	m.values[metricSlots().awake] = 1
 	m.created = appendFloat(nil, unixSeconds(now))
 }
@@ -97,7 +105,6 @@ func (m *meter) externalHit(g *group) {
 	s := metricSlots()
 	for _, q := range g.seqs {
 		n := float64(q.prompt - q.cached)
-		m.add(s.externalQueries, n)
 		m.add(s.externalHits, n)
 		m.add(s.cachedPeer, n)
 	}
@@ -110,12 +117,13 @@ func (m *meter) pulled(rec Pull, t timing) {
 	m.observe(s.xferTime, took.Seconds(), 1)
 	m.observe(s.postTime, took.Seconds()/30, 1)
 	m.observe(s.bytes, float64(rec.Bytes), 1)
-	m.observe(s.descriptors, float64(2*rec.Blocks), 1)
+	m.observe(s.descriptors, float64(2*rec.runs), 1) // one for the keys and one for the values
 }
 
 // prefilled counts the prompts of a group whose KV is there.
 func (m *meter) prefilled(g *group, c *call, queued, took time.Duration) {
 	s := metricSlots()
+	tokens := 0
 	for _, q := range g.seqs {
 		local := q.prompt - q.cached - q.remote
 		m.add(s.promptTokens, float64(q.prompt))
@@ -124,14 +132,15 @@ func (m *meter) prefilled(g *group, c *call, queued, took time.Duration) {
 		m.add(s.sourceRemote, float64(q.remote))
 		m.add(s.cachedTotal, float64(q.cached+q.remote))
 		m.observe(s.promptHist, float64(q.prompt), 1)
-		m.observe(s.computed, float64(local), 1)
+		m.observe(s.computed, float64(q.prompt-q.cached), 1) // what was pulled counts, too
 		m.observe(s.maxTokens, float64(c.limit(q)), 1)
 		m.observe(s.maxGeneration, float64(c.limit(q)), 1)
 		m.observe(s.queueTime, queued.Seconds(), 1)
 		m.observe(s.prefill, took.Seconds(), 1)
 		m.observe(s.ttft, time.Since(g.arrived).Seconds(), 1)
-		m.observe(s.iteration, float64(local), 1)
+		tokens += local + 1
 	}
+	m.observe(s.iteration, float64(tokens), 1)
 	m.observe(s.paramN, float64(c.n), 1)
 }
 

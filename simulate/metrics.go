@@ -23,6 +23,10 @@ const (
 // serveMetrics answers both forms of the page. /metrics ignores Accept, Accept-Encoding and the filter; /metrics/ is
 // another handler, which honours them.
 func (p *process) serveMetrics(x *exchange) {
+	if p.e.opts.Engine != engineTRTLLM && strings.HasPrefix(x.r.URL.Path, "/prometheus") {
+		x.json(http.StatusNotFound, []byte(`{"detail":"Not Found"}`))
+		return
+	}
 	f := p.e.faults.get()
 	switch f.Metrics {
 	case metricsHang:
@@ -90,7 +94,8 @@ func openMetrics(page []byte) []byte {
 	var b strings.Builder
 	for line := range strings.Lines(string(page)) {
 		if !strings.HasPrefix(line, "#") {
-			b.WriteString(strings.Replace(line, "vllm:", "vllm_", 1))
+			end := max(strings.IndexAny(line, "{ "), 0)
+			b.WriteString(strings.Replace(line[:end], ":", "_", 1) + line[end:])
 			continue
 		}
 		name := strings.Fields(line)[2]
@@ -106,46 +111,63 @@ func openMetrics(page []byte) []byte {
 	return []byte(b.String())
 }
 
-// metricsPage appends the page, or the part of it that names select.
-func (p *process) metricsPage(dst []byte, names []string, f Faults) []byte {
-	if f.Metrics == metricsFrozen && len(names) == 0 {
-		return append(dst, p.e.faults.freeze(func() []byte { return p.render(nil, nil, f) })...)
-	}
-	return p.render(dst, names, f)
-}
-
-// freeze keeps the first page made while the page is frozen.
-func (s *faultState) freeze(render func() []byte) []byte {
+// freeze keeps the values of the first page made while the page is frozen, for every form of it.
+func (s *faultState) freeze(rank int, m *meter) *meter {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.frozen == nil {
-		s.frozen = render()
+	if s.frozen[rank] == nil {
+		s.frozen[rank] = m.clone()
 	}
-	return s.frozen
+	return s.frozen[rank]
 }
 
-func (p *process) render(dst []byte, names []string, f Faults) []byte {
-	o := &p.e.opts
-	pg := p.e.registry.page(pageKey{
+// pageKey is that of the engine's page.
+func (o Options) pageKey() pageKey {
+	k := pageKey{
 		model: o.Model, generation: o.Generation, blockSize: o.BlockSize, blocks: o.NumBlocks,
 		maxLoRAs: o.MaxLoRAs, padding: o.MetricsPage.Padding,
-	})
+	}
+	if o.Engine == engineSGLang || o.Engine == engineTRTLLM {
+		k.engine, k.mode = o.Engine, "unified"
+		if o.Role == phasePrefill || o.Role == phaseDecode {
+			k.mode = o.Role
+		}
+	}
+	return k
+}
+
+// metricsPage appends the page, or the part of it that names select.
+func (p *process) metricsPage(dst []byte, names []string, f Faults) []byte {
+	if len(p.ranks) > 1 {
+		return p.ranksPage(dst, names, f)
+	}
+	o := &p.e.opts
+	pg := p.e.registry.page(o.pageKey())
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.gauges(f)
+	m := &p.meter
+	if f.Metrics == metricsFrozen {
+		m = p.e.faults.freeze(0, m)
+	}
 	for i := range pg.families {
 		fam := &pg.families[i]
 		if f.Metrics == metricsMissing && isGauge(fam.name) {
 			continue
 		}
-		dst = p.meter.family(dst, fam, names, o.MaxLoRAs)
+		dst = m.family(dst, fam, names, o.MaxLoRAs)
 	}
 	return dst
 }
 
 // isGauge reports whether a family is one of the load gauges that faults take away.
 func isGauge(name string) bool {
-	return strings.HasPrefix(name, "vllm:num_requests_") || strings.HasSuffix(name, "_cache_usage_perc")
+	for _, end := range []string{"_cache_usage_perc", "_reqs", ":token_usage", "_kv_cache_utilization"} {
+		if strings.HasSuffix(name, end) {
+			return true
+		}
+	}
+	return strings.HasPrefix(name, "vllm:num_requests_") || strings.HasPrefix(name, "trtllm_num_requests_")
 }
 
 // gauges brings the gauges up to date.
@@ -159,11 +181,18 @@ func (p *process) gauges(f Faults) {
 	set(s.deferred, p.deferred+adapter)
 	set(s.fetching, p.fetching)
 	m.values[s.usage] = p.cache.usage()
+	p.derive()
 	idle := p.running+capacity+adapter+p.deferred == 0
-	if f.Metrics == metricsNaN || (idle && p.e.opts.MetricsPage.IdleNaN) {
+	switch {
+	case f.Metrics == metricsNaN, idle && p.e.opts.MetricsPage.IdleNaN:
 		for _, slot := range []int{s.running, s.waiting, s.capacity, s.deferred, s.usage} {
 			m.values[slot] = math.NaN()
 		}
+	case f.Metrics == metricsContradictory:
+		set(s.running, -1)
+		set(s.waiting, 0)
+		set(s.capacity, 1000)
+		m.values[s.usage] = 1.7
 	}
 	if p.opts.MaxLoRAs > 0 {
 		p.loraGauge()

@@ -111,6 +111,9 @@ func TestMetricsHeaders(t *testing.T) {
 	}{
 		{"idle", http.MethodGet, "/metrics", nil},
 		{"gzip", http.MethodGet, "/metrics", []string{"Accept-Encoding", "gzip"}},
+		{"openmetrics", http.MethodGet, "/metrics", []string{"Accept", "application/openmetrics-text; version=1.0.0"}},
+		{"protobuf", http.MethodGet, "/metrics", []string{"Accept", "application/vnd.google.protobuf"}},
+		{"accept_0.0.1", http.MethodGet, "/metrics", []string{"Accept", "text/plain; version=1.0.0; escaping=allow-utf-8"}},
 		{"head", http.MethodHead, "/metrics", nil},
 		{"redirect", http.MethodGet, "/metrics/", nil},
 		{"slash_gzip", http.MethodGet, "/metrics/", []string{"Accept-Encoding", "gzip"}},
@@ -205,8 +208,20 @@ func TestPageOptions(t *testing.T) {
 
 // TestIdleFootprint bounds what an idle engine of a pool costs (F20).
 func TestIdleFootprint(t *testing.T) {
+	for name, o := range map[string]Options{"nixl": {}, "mooncake": {Connector: "mooncake"}, "ranks": {Ranks: 8}} {
+		t.Run(name, func(t *testing.T) { idleFootprint(t, o) })
+	}
+}
+
+func idleFootprint(t *testing.T, o Options) {
+	t.Helper()
 	const n = 200
-	p, err := NewPool(PoolOptions{Plain: n, Template: Options{NumBlocks: 65536}})
+	o.NumBlocks = 65536
+	ranks, servers := uint64(max(o.Ranks, 1)), 1
+	if o.Connector == connectorMooncake {
+		servers = 2
+	}
+	p, err := NewPool(PoolOptions{Plain: n, Template: o})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,12 +237,12 @@ func TestIdleFootprint(t *testing.T) {
 	}
 	runtime.GC()
 	runtime.ReadMemStats(&after)
-	if each := (after.HeapAlloc + after.StackInuse - before.HeapAlloc - before.StackInuse) / n; each > 100_000 {
-		t.Errorf("%d bytes per idle engine", each)
+	if each := (after.HeapAlloc + after.StackInuse - before.HeapAlloc - before.StackInuse) / n / ranks; each > 100_000 {
+		t.Errorf("%d bytes per idle rank", each)
 	} else {
-		t.Logf("%d bytes per idle engine", each)
+		t.Logf("%d bytes per idle rank", each)
 	}
-	if g := runtime.NumGoroutine() - routines; g > n {
+	if g := runtime.NumGoroutine() - routines; g > n*servers {
 		t.Errorf("%d goroutines for %d engines", g, n)
 	}
 	if err := p.Close(); err != nil {

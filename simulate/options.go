@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"math"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -15,12 +17,19 @@ import (
 // default, a negative one means none, and each is multiplied by Scale.
 type Options struct {
 	// Identity.
-	Name       string // default "engine"
-	Role       string // "prefill", "decode", "prefill-decode", ""; a label only: any engine plays both KV roles
+	Name string // default "engine"
+	// Role is "prefill", "decode", "prefill-decode", "encode", "encode-prefill", "encode-prefill-decode" or "". A label:
+	// any engine plays both KV roles, but SGLang's is its disaggregation mode. And "encode" does nothing else, and every
+	// role with it encodes for others too.
+	Role       string
 	Addr       string // ip:port to listen on; default 127.0.0.1:0
 	Model      string // served model name; default "tiny"
 	Generation string // "" is vLLM 0.32; "old" has flat block ids, no handle after a stop finish, old metric names
 	Seed       uint64 // seeds ids and fault draws; 0 draws a seed
+	Engine     string // "" or "vllm", "sglang", "trtllm"
+	Connector  string // how KV moves: for vLLM "" or "nixlv2" (pull), "nixl-push", "moriio" (READ), "mooncake", "offloading", "shared-storage", "lmcache-pd"; see wires.go
+	Ranks      int    // data-parallel ranks behind the one address, each with its own blocks, queue and id; 1 to 8, default 1
+	SidePort   int    // of the connector's own HTTP server, such as Mooncake's bootstrap server; 0 takes a free port
 
 	// Capacity.
 	BlockSize   int // tokens per KV block; default 16 (vLLM on CPU: 32)
@@ -37,21 +46,30 @@ type Options struct {
 	TransferPerToken time.Duration // per token pulled; default 1µs
 	InterToken       time.Duration // between two tokens of an idle engine; default 5ms
 	LoadStretch      float64       // a full batch is slower by 1+LoadStretch; default 1, negative is none
+	Encode           time.Duration // per image or other media item, on whoever encodes it; default 20ms
 	Handshake        time.Duration // first contact of a decode engine with a prefill engine; default 50ms (real pairs: up to 5s)
-	Lease            time.Duration // how long finished prefills stay pinned; default 30s (kv_lease_duration)
+	Lease            time.Duration // how long finished prefills stay pinned; default the connector's, for NIXL 30s (kv_lease_duration)
 	KeepAlive        time.Duration // idle connections are closed after it; default 5s as uvicorn, 1s at least however small Scale is
 
 	// KV transfer.
-	LoadFailurePolicy string    // "fail" (default): a failed pull is a 500; "recompute": prefill locally
-	RemoteHost        string    // what handles carry; default the engine's address; "localhost" as misconfigured operators have it
-	TPSize            int       // tensor-parallel size in handles; a decode engine dies of a larger one than its own; default 1
-	Peers             *Registry // engines of this process that can pull from each other; nil makes a registry of one
+	LoadFailurePolicy  string    // "fail" (default): a failed pull is a 500; "recompute": prefill locally
+	RemoteHost         string    // what handles carry; default the engine's address; "localhost" as misconfigured operators have it
+	MixRanks           bool      // read a handle whose port is another rank's, as engines without rank checks do: wrong text
+	HashSeed           string    // PYTHONHASHSEED; peers of the offloading connector need the same
+	CachedNotParked    bool      // offloading: a prefill whose prefix was cached parks nothing, as vLLM 0.27 did
+	TPSize             int       // tensor-parallel size in handles; a decode engine dies of a larger one than its own; default 1
+	DuplicateRoomKills bool      // SGLang: a room that is in use ends the process, as in older versions; else it is a 500
+	Peers              *Registry // engines of this process that can pull from each other; nil makes a registry of one
+
+	// Media.
+	Encoder string // how encoded media reaches other engines: "" (not at all), "ec-example" (a shared store), "ec-nixl" (handles)
 
 	// Wire.
 	LoRAs            []string // adapters served beside Model
 	MaxLoRAs         int      // adapters that run at once; more wait as deferred; default 1 where LoRAs are
 	RequestIDHeader  bool     // echo x-request-id (--enable-request-id-headers)
-	ScaleOut         bool     // answer /inference/v1/generate (--enable-scale-out)
+	ScaleOut         bool     // answer /inference/v1/generate and the render routes (--enable-scale-out)
+	Embeddings       bool     // answer /v1/embeddings, as embedding models do
 	HidePromptDetail bool     // usage.prompt_tokens_details null (without --enable-prompt-tokens-details)
 	MetricsPage      MetricsPage
 
@@ -73,6 +91,7 @@ type timing struct {
 	prefillFixed, prefillPerToken   time.Duration
 	transferFixed, transferPerToken time.Duration
 	interToken, handshake, lease    time.Duration
+	encode                          time.Duration
 	keepAlive                       time.Duration
 	stretch                         float64
 }
@@ -83,6 +102,7 @@ const (
 	defaultSeqs      = 256
 	maxDefaultLen    = 131072
 	minKeepAlive     = time.Second
+	maxRanks         = 8
 	policyFail       = "fail"
 	policyRecompute  = "recompute"
 	generationOld    = "old"
@@ -104,6 +124,7 @@ func (o Options) withDefaults() (Options, error) {
 	orDefault(&o.MaxNumSeqs, defaultSeqs)
 	orDefault(&o.Scale, 1)
 	orDefault(&o.LoadStretch, 1)
+	orDefault(&o.Ranks, 1)
 	orDefault(&o.LoadFailurePolicy, policyFail)
 	orDefault(&o.TPSize, 1)
 	orDefault(&o.RecordBodies, 256)
@@ -136,6 +157,7 @@ func (o Options) check() error {
 		{"--max-num-seqs", o.MaxNumSeqs, 1},
 		{"--max-waiting", o.MaxWaiting, 0},
 		{"--max-model-len", o.MaxModelLen, 0},
+		{"--data-parallel-size", o.Ranks, 1},
 		{"TPSize", o.TPSize, 1},
 		{"MaxLoRAs", o.MaxLoRAs, 0},
 		{"MetricsPage.Padding", o.MetricsPage.Padding, 0},
@@ -147,8 +169,23 @@ func (o Options) check() error {
 	if !(o.Scale > 0) || math.IsInf(o.Scale, 0) {
 		errs = append(errs, fmt.Errorf("--scale: %v, must be above 0", o.Scale))
 	}
+	if o.Ranks > maxRanks {
+		errs = append(errs, fmt.Errorf("--data-parallel-size: %d, must be from 1 to %d", o.Ranks, maxRanks))
+	}
+	if o.Ranks > 1 && (o.Generation == generationOld || o.Engine == engineSGLang || o.Engine == engineTRTLLM) {
+		errs = append(errs, errors.New("--data-parallel-size: only with vLLM of the current generation"))
+	}
+	if o.SidePort < 0 || o.SidePort > math.MaxUint16 {
+		errs = append(errs, fmt.Errorf("SidePort: %d, must be from 0 to %d", o.SidePort, math.MaxUint16))
+	}
+	if _, ok := wireKindOf(o.Engine, o.Connector); !ok {
+		errs = append(errs, fmt.Errorf("--engine, --connector: %q, must be one of: %s", strings.TrimSpace(o.Engine+" "+o.Connector), wireNames()))
+	}
 	if o.LoadFailurePolicy != policyFail && o.LoadFailurePolicy != policyRecompute {
 		errs = append(errs, fmt.Errorf("--kv-load-failure-policy: %q, must be fail or recompute", o.LoadFailurePolicy))
+	}
+	if !slices.Contains([]string{"", encoderExample, encoderNIXL}, o.Encoder) {
+		errs = append(errs, fmt.Errorf("--encoder: %q, must be empty, %s or %s", o.Encoder, encoderExample, encoderNIXL))
 	}
 	if o.Generation != "" && o.Generation != generationOld {
 		errs = append(errs, fmt.Errorf("--generation: %q, must be empty or old", o.Generation))
@@ -157,14 +194,16 @@ func (o Options) check() error {
 }
 
 func (o Options) timing() timing {
+	kind, _ := wireKindOf(o.Engine, o.Connector)
 	t := timing{
 		prefillFixed:     o.duration(o.PrefillFixed, 5*time.Millisecond),
 		prefillPerToken:  o.duration(o.PrefillPerToken, 20*time.Microsecond),
 		transferFixed:    o.duration(o.TransferFixed, 2*time.Millisecond),
 		transferPerToken: o.duration(o.TransferPerToken, time.Microsecond),
 		interToken:       o.duration(o.InterToken, 5*time.Millisecond),
+		encode:           o.duration(o.Encode, 20*time.Millisecond),
 		handshake:        o.duration(o.Handshake, 50*time.Millisecond),
-		lease:            o.duration(o.Lease, 30*time.Second),
+		lease:            o.duration(o.Lease, kind.hold),
 		keepAlive:        o.duration(o.KeepAlive, 5*time.Second),
 		stretch:          max(o.LoadStretch, 0),
 	}

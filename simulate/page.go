@@ -26,9 +26,12 @@ const (
 
 // pageKey is what makes two engines' pages the same but for their values.
 type pageKey struct {
+	engine            string // "" is vLLM
+	mode              string // engine_type of the other engines: prefill, decode or unified
 	model, generation string
 	blockSize, blocks int
 	maxLoRAs, padding int
+	rank              int // data-parallel, the engine label
 }
 
 // page is a /metrics page with holes for values. Immutable.
@@ -150,6 +153,9 @@ func (t *slotTable) histogram(base string) *histogram {
 
 // newPage renders the static part of a page.
 func newPage(k pageKey) *page {
+	if k.engine != "" {
+		return newEnginePage(k)
+	}
 	pg := &page{}
 	table := captured()
 	for line := range strings.Lines(capturedPage) {
@@ -177,6 +183,12 @@ func newPage(k pageKey) *page {
 	}
 	pg.families = k.dropUnknown(pg.families)
 	pg.addPadding(k.padding)
+	pg.nameSamples()
+	return pg
+}
+
+// nameSamples fills the families' lists of names.
+func (pg *page) nameSamples() {
 	for i := range pg.families {
 		f := &pg.families[i]
 		if f.dynamic {
@@ -188,7 +200,6 @@ func newPage(k pageKey) *page {
 			}
 		}
 	}
-	return pg
 }
 
 func (pg *page) addHead(k pageKey, line string) {
@@ -215,6 +226,9 @@ func (k pageKey) rewrite(prefix string) string {
 		out = setLabel(out, "num_gpu_blocks", strconv.Itoa(k.blocks))
 		out = setLabel(out, "num_gpu_blocks_override", strconv.Itoa(k.blocks))
 		out = setLabel(out, "kv_cache_size_tokens", strconv.Itoa(k.blocks*k.blockSize))
+	}
+	if k.rank > 0 {
+		out = strings.Replace(out, capturedLabels, `engine="`+strconv.Itoa(k.rank)+`",`, 1)
 	}
 	if k.generation == generationOld {
 		out = strings.Replace(k.oldName(out), capturedLabels, "", 1)

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 )
 
@@ -24,6 +22,9 @@ func (e *Engine) parse(a api, h http.Header, body []byte) (*call, *apiError) {
 	if bad != nil {
 		return nil, bad
 	}
+	if a == apiNative {
+		return e.parseNative(h, f)
+	}
 	c := &call{api: a, n: 1, temperature: 1, logprobs: -1, modelLimit: e.opts.MaxModelLen, created: time.Now().Unix()}
 	c.requestID, c.attempt = h.Get(headerRequestID), h.Get(headerAttempt)
 	sampling := f
@@ -34,11 +35,12 @@ func (e *Engine) parse(a api, h http.Header, body []byte) (*call, *apiError) {
 		}
 		extra = sampling.object("extra_args")
 	}
+	c.fields, c.extra = f, extra
 	c.transfer = rawTransfer(f, extra)
 	c.phase = phaseOf(c.transfer)
 	c.readCommon(f, sampling)
 	e.readPrompt(c, f)
-	for _, err := range []*apiError{c.checkFields(f), f.err, sampling.err, c.checkPrompt(), e.chooseModel(c, f.text("model")), c.checkSampling(sampling), checkRank(h)} {
+	for _, err := range []*apiError{c.checkFields(f), f.err, sampling.err, c.checkPrompt(), e.chooseModel(c, f.text("model")), c.checkSampling(sampling), e.checkRank(h)} {
 		if err != nil {
 			return c, err
 		}
@@ -65,7 +67,7 @@ func (e *Engine) answerID(c *call) string {
 		return "resp_" + id
 	case apiGenerate:
 		return "generate-tokens-" + id
-	case apiChat, apiMessages:
+	case apiChat, apiMessages, apiNative:
 	}
 	return "chatcmpl-" + id
 }
@@ -102,7 +104,7 @@ func (c *call) readCommon(f, sampling *fields) {
 		if f.boolean("logprobs") {
 			c.logprobs, _ = f.integer("top_logprobs")
 		}
-	case apiResponses, apiMessages, apiGenerate:
+	case apiResponses, apiMessages, apiGenerate, apiNative:
 	}
 }
 
@@ -114,7 +116,7 @@ func (c *call) readLimit(f, sampling *fields) {
 		names = []string{"max_completion_tokens", "max_tokens"}
 	case apiResponses:
 		names = []string{"max_output_tokens"}
-	case apiCompletions, apiMessages, apiGenerate:
+	case apiCompletions, apiMessages, apiGenerate, apiNative:
 	}
 	for _, name := range names {
 		if n, ok := sampling.integer(name); ok {
@@ -147,7 +149,7 @@ func (c *call) checkFields(f *fields) *apiError {
 		needed = []string{"input"}
 	case apiGenerate:
 		needed = []string{"token_ids"}
-	case apiCompletions:
+	case apiCompletions, apiNative:
 	}
 	for _, name := range needed {
 		if _, ok := f.raw(name); !ok {
@@ -204,14 +206,6 @@ func (c *call) checkSampling(sampling *fields) *apiError {
 			"(parameter=max_tokens, value=%d)", c.maxTokens, c.modelLimit, c.maxTokens)
 	case c.minTokens > 0 && c.maxTokens > 0 && c.minTokens > c.maxTokens:
 		return badRequest("", "min_tokens must be less than or equal to max_tokens=%d, got %d.", c.maxTokens, c.minTokens)
-	}
-	return nil
-}
-
-// checkRank refuses a data-parallel rank that this engine of one rank does not have. What is not a number is ignored.
-func checkRank(h http.Header) *apiError {
-	if n, err := strconv.Atoi(strings.TrimSpace(h.Get(headerRank))); err == nil && n != 0 {
-		return badRequest("", "data_parallel_rank %d is out of range [0, 1).", n)
 	}
 	return nil
 }

@@ -22,9 +22,17 @@ type PoolOptions struct {
 	Both    int // both-0, … with role prefill-decode; with no roles at all the pool is Plain
 	Plain   int // engine-0, … without a role
 
+	Encode              int // encode-0, … with role encode
+	EncodePrefill       int // encode-prefill-0, … with role encode-prefill
+	EncodePrefillDecode int // encode-prefill-decode-0, … with that role
+
 	Host     string  // address to listen on; default 127.0.0.1
 	BasePort int     // the first engine's port, the others follow; 0 takes free ports
-	Template Options // of every engine; Name, Role, Addr and Peers are set by the pool
+	Template Options // of every engine; Name, Role, Addr and Peers are set by the pool, a SidePort is the first engine's
+
+	// RankPorts gives each of the Template's data-parallel ranks a port and an engine of its own, named
+	// prefill-0-rank-0, …, as servers without a balancer inside have them.
+	RankPorts bool
 
 	// Of the endpoints file.
 	EndpointsFile string // written by RunPool and removed at its end; "" writes none
@@ -46,17 +54,23 @@ func NewPool(o PoolOptions) (*Pool, error) {
 	}
 	p := &Pool{opts: o}
 	peers := NewRegistry()
-	groups := []struct {
-		name, role string
-		n          int
-	}{{"prefill", "prefill", o.Prefill}, {"decode", "decode", o.Decode}, {"both", "prefill-decode", o.Both}, {"engine", "", o.Plain}}
-	for _, g := range groups {
-		for i := range g.n {
+	ranks := o.rankEngines()
+	if o.RankPorts {
+		o.Template.Ranks = 1
+	}
+	for _, g := range o.groups() {
+		for i := range g.n * ranks {
 			one := o.Template
-			one.Name, one.Role, one.Peers = g.name+"-"+strconv.Itoa(i), g.role, peers
+			one.Name, one.Role, one.Peers = g.name+"-"+strconv.Itoa(i/ranks), g.role, peers
+			if o.RankPorts {
+				one.Name += "-rank-" + strconv.Itoa(i%ranks)
+			}
 			port := 0
 			if o.BasePort > 0 {
 				port = o.BasePort + len(p.engines)
+			}
+			if one.SidePort > 0 {
+				one.SidePort += len(p.engines)
 			}
 			one.Addr = net.JoinHostPort(o.Host, strconv.Itoa(port))
 			e, err := New(one)
@@ -69,6 +83,32 @@ func NewPool(o PoolOptions) (*Pool, error) {
 	return p, nil
 }
 
+// engineGroup is the engines of one role.
+type engineGroup struct {
+	flag, name, role string
+	n                int
+}
+
+func (o PoolOptions) groups() []engineGroup {
+	return []engineGroup{
+		{"--prefill", "prefill", phasePrefill, o.Prefill},
+		{"--decode", "decode", phaseDecode, o.Decode},
+		{"--both", "both", "prefill-decode", o.Both},
+		{"--plain", "engine", "", o.Plain},
+		{"--encode", "encode", roleEncode, o.Encode},
+		{"--encode-prefill", "encode-prefill", roleEncodePrefill, o.EncodePrefill},
+		{"--encode-prefill-decode", "encode-prefill-decode", roleEncodeAll, o.EncodePrefillDecode},
+	}
+}
+
+// rankEngines is how many engines make one of the pool's.
+func (o PoolOptions) rankEngines() int {
+	if !o.RankPorts {
+		return 1
+	}
+	return max(o.Template.Ranks, 1)
+}
+
 // maxEngines is how many engines one pool may have: each has a port.
 const maxEngines = 65535
 
@@ -76,18 +116,19 @@ const maxEngines = 65535
 func (o PoolOptions) check() error {
 	var errs []error
 	total, low := 0, 0
-	for _, n := range []struct {
-		flag  string
-		value int
-	}{{"--prefill", o.Prefill}, {"--decode", o.Decode}, {"--both", o.Both}, {"--plain", o.Plain}} {
-		if n.value < 0 || n.value > maxEngines {
-			errs = append(errs, fmt.Errorf("%s: %d engines, must be from 0 to %d", n.flag, n.value, maxEngines))
+	for _, g := range o.groups() {
+		if g.n < 0 || g.n > maxEngines {
+			errs = append(errs, fmt.Errorf("%s: %d engines, must be from 0 to %d", g.flag, g.n, maxEngines))
 		}
-		total, low = total+n.value, min(low, n.value)
+		total, low = total+g.n, min(low, g.n)
 	}
 	if total == 0 && low == 0 {
 		errs = append(errs, errors.New("no engines: set --prefill, --decode, --both or --plain"))
 	}
+	if o.RankPorts && o.Template.Ranks > maxRanks {
+		errs = append(errs, fmt.Errorf("--data-parallel-size: %d, must be from 1 to %d", o.Template.Ranks, maxRanks))
+	}
+	total *= o.rankEngines()
 	if o.BasePort < 0 || o.BasePort > 0 && o.BasePort+max(total, 1)-1 > 65535 {
 		errs = append(errs, fmt.Errorf("--base-port: %d, must be 0 or leave %d ports up to 65535", o.BasePort, max(total, 1)))
 	}
@@ -116,7 +157,7 @@ func (p *Pool) Close() error {
 	return errors.Join(errs...)
 }
 
-// Engines are the pool's engines: prefill first, then decode, both, plain.
+// Engines are the pool's engines: prefill first, then decode, both, plain, and those that encode.
 func (p *Pool) Engines() []*Engine { return p.engines }
 
 // Engine returns the engine of that name, nil when there is none.
@@ -135,11 +176,8 @@ func (p *Pool) WriteEndpoints(path string) error {
 	b.WriteString("# Written by baton simulate.\nendpoints:\n")
 	for _, e := range p.engines {
 		a := e.Addr()
-		fmt.Fprintf(&b, "- name: %s\n  namespace: %s\n  address: %q\n  port: \"%d\"\n  labels:\n", e.Name(), p.opts.Namespace, a.Addr(), a.Port())
-		if e.Role() != "" {
-			fmt.Fprintf(&b, "    llm-d.ai/role: %s\n", e.Role())
-		}
-		b.WriteString("    baton-epp/sidecar: \"false\"\n")
+		fmt.Fprintf(&b, "- name: %s\n  namespace: %s\n  address: %q\n  port: \"%d\"\n  labels:\n%s", e.Name(), p.opts.Namespace, a.Addr(), a.Port(),
+			e.labelLines("    "))
 	}
 	tmp, err := os.CreateTemp(filepath.Dir(path), ".endpoints-*")
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -23,7 +24,14 @@ type process struct {
 	addr    netip.AddrPort
 	started time.Time
 	srv     *http.Server
+	side    *http.Server       // the wire's own; nil for none
 	cancel  context.CancelFunc // ends every request's context
+	wire    wire               // nil for NIXL
+	rank    int                // of front's data-parallel ranks
+	front   *process           // the rank that serves for all; p itself where it is the only one
+	ranks   []*process         // of a front, itself first
+	gone    chan struct{}      // of a front, closed when it has ended
+	turn    atomic.Uint32      // of ranks that are equally loaded
 
 	serving sync.WaitGroup // the accept loop
 	conns   sync.WaitGroup // open connections, each with its goroutine
@@ -33,6 +41,8 @@ type process struct {
 	open     map[net.Conn]struct{}
 	listener net.Listener // nil while the engine refuses connections
 	stopped  bool
+
+	enc encoder // has its own lock
 
 	mu sync.Mutex // guards what follows: the virtual accelerator
 	scheduler
@@ -44,7 +54,7 @@ func newProcess(e *Engine, addr netip.AddrPort) *process {
 	base, cancel := context.WithCancel(context.Background())
 	p := &process{
 		e: e, id: e.uuid(), addr: addr, started: time.Now(), cancel: cancel,
-		open: map[net.Conn]struct{}{},
+		open: map[net.Conn]struct{}{}, gone: make(chan struct{}),
 	}
 	p.init(&e.opts)
 	p.srv = &http.Server{
@@ -57,7 +67,33 @@ func newProcess(e *Engine, addr netip.AddrPort) *process {
 		ConnState:         p.connState,
 		ErrorLog:          slog.NewLogLogger(slog.DiscardHandler, slog.LevelError), // aborted requests are our own doing
 	}
+	p.addRanks()
 	return p
+}
+
+// openSide starts the wire's own HTTP server, if it has one.
+func (p *process) openSide() error {
+	s, ok := p.wire.(sideServer)
+	if !ok {
+		return nil
+	}
+	port := p.e.sideAddr.Port() // kept over restarts
+	if port == 0 {
+		port = uint16(p.e.opts.SidePort) //nolint:gosec // checked
+	}
+	ln, err := listen(netip.AddrPortFrom(p.addr.Addr(), port).String())
+	if err != nil {
+		return fmt.Errorf("side server: %w", err)
+	}
+	p.e.mu.Lock()
+	p.e.sideAddr, err = netip.ParseAddrPort(ln.Addr().String())
+	p.e.mu.Unlock()
+	p.side = &http.Server{
+		Handler: s.sideHandler(), ReadHeaderTimeout: time.Minute, IdleTimeout: p.e.timing.keepAlive, MaxHeaderBytes: 1 << 16,
+		BaseContext: p.srv.BaseContext, ConnState: p.connState, ErrorLog: p.srv.ErrorLog,
+	}
+	p.serving.Go(func() { _ = p.side.Serve(ln) }) // ends with the process
+	return err
 }
 
 // listen binds addr, waiting shortly for a port that an ended connection still holds.
@@ -116,6 +152,9 @@ func (p *process) connState(c net.Conn, s http.ConnState) {
 // stop resets every connection but own, closes the port and cancels all requests. It does not wait.
 func (p *process) stop(own net.Conn) {
 	p.connMu.Lock()
+	if !p.stopped {
+		close(p.gone)
+	}
 	p.stopped = true
 	if p.listener != nil {
 		_ = p.listener.Close() // its only error is that it is closed
@@ -130,15 +169,27 @@ func (p *process) stop(own net.Conn) {
 	if own == nil {
 		_ = p.srv.Close() // its only error is the listener's, which is gone either way
 	}
+	if p.side != nil {
+		_ = p.side.Close()
+	}
 	p.cancel()
-	p.mu.Lock()
-	p.stopLeasesLocked()
-	p.mu.Unlock()
+	for _, q := range p.ranks {
+		q.mu.Lock()
+		q.stopLeasesLocked()
+		q.enc.stopPins()
+		q.mu.Unlock()
+		if q.wire != nil {
+			q.wire.stop()
+		}
+	}
 }
 
 // wait returns when the process has no goroutine left.
 func (p *process) wait() {
 	_ = p.srv.Close() // a process that died by itself has closed only its listener
+	if p.side != nil {
+		_ = p.side.Close()
+	}
 	p.serving.Wait()
 	p.conns.Wait()
 	p.work.Wait()

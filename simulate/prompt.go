@@ -20,14 +20,13 @@ type part struct {
 	Text *string `json:"text"`
 }
 
-// mediaTokens is how many tokens an image or another media item takes.
-const mediaTokens = 64
-
 // readPrompt fills c.prompts. A prompt of a wrong shape leaves them empty or sets f.err.
 func (e *Engine) readPrompt(c *call, f *fields) {
 	switch c.api {
 	case apiCompletions:
 		c.readPrompts(f)
+	case apiNative:
+		c.readNativePrompts(f)
 	case apiGenerate:
 		if v, ok := f.raw("token_ids"); ok {
 			c.addTokens(f, "token_ids", v)
@@ -51,7 +50,7 @@ func (e *Engine) readPrompt(c *call, f *fields) {
 		}
 		if v, ok := f.raw("input"); ok && v[0] == '"' {
 			b.message(message{Role: "user", Content: v})
-			c.prompts = [][]uint32{b.done()}
+			c.prompts, c.media = [][]uint32{b.done()}, b.media
 			return
 		}
 		c.addMessages(f, "input", &b)
@@ -128,12 +127,15 @@ func (c *call) addMessages(f *fields, name string, b *promptBuilder) {
 	for _, m := range list {
 		b.message(m)
 	}
-	c.prompts = [][]uint32{b.done()}
+	c.prompts, c.media = [][]uint32{b.done()}, b.media
 }
 
 // promptBuilder is the chat template: two tokens open a message, one closes it, two open the answer. Each text begins on
 // a token of its own, so that a generated answer is tokenized back to itself.
-type promptBuilder struct{ tokens []uint32 }
+type promptBuilder struct {
+	tokens []uint32
+	media  []mediaItem
+}
 
 func (b *promptBuilder) open(role string) {
 	b.tokens = append(b.tokens, pieceID("<|"+role+"|>"), pieceID("\n"))
@@ -167,15 +169,12 @@ func (b *promptBuilder) content(v json.RawMessage) {
 		case p.Text != nil:
 			b.tokens = tokenize(b.tokens, *p.Text)
 		default:
-			b.media(raw)
+			if m, ok := readMedia(raw); ok {
+				b.placeholders(m)
+			} else {
+				b.fill("part" + string(raw))
+			}
 		}
-	}
-}
-
-func (b *promptBuilder) media(v json.RawMessage) {
-	id := pieceID("media" + string(v))
-	for range mediaTokens {
-		b.tokens = append(b.tokens, id)
 	}
 }
 

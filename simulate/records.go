@@ -13,10 +13,11 @@ import (
 type Hold struct {
 	RequestID       string    `json:"request_id"`
 	RemoteRequestID string    `json:"remote_request_id,omitempty"` // of the handle, for a lease
-	State           string    `json:"state"`                       // "lease", or the phase of the running request
+	State           string    `json:"state"`                       // "lease", "buffer" (written here by another engine), or the phase of the running request
 	Blocks          int       `json:"blocks"`
 	Since           time.Time `json:"since"`
 	Expires         time.Time `json:"expires,omitzero"` // of a lease
+	Rank            int       `json:"rank,omitempty"`   // data-parallel rank
 }
 
 // Leak is a finished prefill whose blocks nobody came for before the lease ended.
@@ -43,6 +44,8 @@ type Pull struct {
 	Wrong     bool      `json:"wrong"`    // the blocks held another prompt's KV
 	Verbatim  bool      `json:"verbatim"` // the handle arrived byte for byte as it was given out
 	Err       string    `json:"err,omitempty"`
+
+	runs int // of neighbouring blocks, each copied at once
 }
 
 // Recorded is one generation request as it was received.
@@ -54,7 +57,7 @@ type Recorded struct {
 	Body      []byte
 	RequestID string // X-Request-Id
 	Attempt   string // X-Processor-Attempt
-	Phase     string // "prefill" (do_remote_decode), "transfer" (do_remote_prefill) or "plain"
+	Phase     string // "prefill", "transfer" (a decode leg that fetches), "plain", or "query" of a bootstrap server
 }
 
 // Abort is a request whose client left before the answer was complete.
@@ -85,11 +88,15 @@ type records struct {
 	pulls             []Pull
 	aborts            []Abort
 	deaths            []Death
+	encodings         []Encoding
+	leakedPins        []Pin
 	totals            totals
 }
 
 type totals struct {
 	requests, leaked, pulls, pulledTokens, failedPulls, wrongPulls, aborts, deaths, invalidParams, faults int
+
+	encoded, encodedLocally, fetchedEncodings, failedEncodings, leakedEncodings int
 }
 
 func (r *records) limit(bodies, bytes int) { r.maxBodies, r.budget = bodies, bytes }
@@ -166,20 +173,33 @@ func (e *Engine) Held() []Hold {
 	if p == nil {
 		return nil
 	}
+	var out []Hold
+	for _, q := range p.ranks {
+		out = q.holds(out)
+	}
+	slices.SortFunc(out, func(a, b Hold) int { return a.Since.Compare(b.Since) })
+	return out
+}
+
+// holds appends who holds blocks of one rank.
+func (p *process) holds(out []Hold) []Hold {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var out []Hold
 	for g := range p.active {
 		if n := g.blockCount(); n > 0 {
-			out = append(out, Hold{RequestID: g.id, State: g.state, Blocks: n, Since: g.arrived})
+			out = append(out, Hold{RequestID: g.id, State: g.state, Blocks: n, Since: g.arrived, Rank: p.rank})
 		}
 	}
 	for _, l := range p.leases {
-		out = append(out, Hold{
-			RequestID: l.request, RemoteRequestID: l.id, State: "lease", Blocks: len(l.blocks), Since: l.since, Expires: l.expires,
-		})
+		h := Hold{
+			RequestID: l.request, RemoteRequestID: l.id, State: "lease", Blocks: l.size(), Since: l.since, Expires: l.expires,
+			Rank: p.rank,
+		}
+		if l.buffered != nil {
+			h.State = "buffer"
+		}
+		out = append(out, h)
 	}
-	slices.SortFunc(out, func(a, b Hold) int { return a.Since.Compare(b.Since) })
 	return out
 }
 
@@ -210,4 +230,5 @@ func (e *Engine) ResetRecords() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.bytes, r.bodies, r.leaks, r.pulls, r.aborts, r.deaths, r.totals = 0, nil, nil, nil, nil, nil, totals{}
+	r.encodings, r.leakedPins = nil, nil
 }

@@ -13,8 +13,12 @@ import (
 // for concurrent use.
 type Registry struct {
 	mu      sync.Mutex
-	engines []*Engine // by side-channel port; nil where one was closed
+	engines []*Engine // nil where one was closed
+	ports   int       // side-channel ports given out: one per rank
 	pages   map[pageKey]*page
+
+	encodings itemSet    // of encoderExample
+	blocks    blockStore // of storage; has its own lock
 }
 
 // NewRegistry returns an empty registry.
@@ -23,11 +27,12 @@ func NewRegistry() *Registry { return &Registry{pages: map[pageKey]*page{}} }
 // firstSidePort is VLLM_NIXL_SIDE_CHANNEL_PORT's default. Engines of one registry are told apart by it.
 const firstSidePort = 5600
 
-func (r *Registry) add(e *Engine) (sidePort int) {
+func (r *Registry) add(e *Engine, ranks int) (sidePort int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.engines = append(r.engines, e)
-	return firstSidePort + len(r.engines) - 1
+	r.ports += ranks
+	return firstSidePort + r.ports - ranks
 }
 
 func (r *Registry) remove(e *Engine) {
@@ -48,8 +53,12 @@ func (r *Registry) all() []*Engine {
 // byID returns the living process with that engine id, nil when there is none.
 func (r *Registry) byID(id string) *process {
 	for _, e := range r.all() {
-		if p := e.running(); p != nil && p.id == id {
-			return p
+		if p := e.running(); p != nil {
+			for _, q := range p.ranks {
+				if q.id == id {
+					return q
+				}
+			}
 		}
 	}
 	return nil
@@ -79,8 +88,8 @@ func (r *Registry) dial(from *process, host string, port int) (p *process, giveU
 			continue
 		}
 		known = true
-		if p := e.running(); p != nil && e.sidePort == port {
-			return p, 0
+		if p := e.running(); p != nil && port >= e.sidePort && port < e.sidePort+len(p.ranks) {
+			return p.ranks[port-e.sidePort], 0
 		}
 	}
 	if known {

@@ -30,7 +30,9 @@ const (
 	stateDeferred = "deferred"
 	statePull     = "pull"
 	statePrefill  = "prefill"
+	stateEncode   = "encode"
 	stateDecode   = "decode"
+	stateHandover = "handover" // a finished prefill whose request waits to be fetched from
 )
 
 // emitter is told each generated token in order; text is what it adds to the answer.
@@ -39,8 +41,10 @@ type emitter func(q *sequence, token uint32, text string) error
 // newGroup makes the sequences of a request.
 func (p *process) newGroup(c *call) *group {
 	g := &group{id: c.id, lora: c.lora, arrived: time.Now(), state: stateQueued}
+	g.leg = c.leg
 	if c.transfer != nil && c.transfer.doRemotePrefill {
 		g.remote = c.transfer
+		g.remote.push = g.remote.push && p.e.opts.Connector == connectorPush
 	}
 	salt := uint64(0)
 	if c.cacheSalt != "" {
@@ -74,6 +78,15 @@ func (p *process) run(ctx context.Context, c *call, g *group, emit emitter) erro
 	if err == nil {
 		return nil
 	}
+	if g.leg != nil {
+		g.leg.left(g)
+	}
+	p.ended(g, err)
+	return err
+}
+
+// ended frees a group without an answer and says how it ended.
+func (p *process) ended(g *group, err error) {
 	p.mu.Lock()
 	p.leave(g)
 	if errors.Is(err, errLoadFailed) {
@@ -88,7 +101,6 @@ func (p *process) run(ctx context.Context, c *call, g *group, emit emitter) erro
 		}
 		p.e.records.abort(Abort{At: time.Now(), RequestID: g.id, State: g.state, Tokens: generated})
 	}
-	return err
 }
 
 // full reports, and counts, that the queue has no room for g.
@@ -106,7 +118,7 @@ func (p *process) serveGroup(ctx context.Context, c *call, g *group, emit emitte
 	if err := p.judge(ctx, g); err != nil {
 		return err
 	}
-	t := &ticket{g: g, blocks: true, slots: g.remote == nil, ready: make(chan struct{})}
+	t := &ticket{g: g, blocks: true, slots: g.remote == nil && !defers(g.leg), ready: make(chan struct{})}
 	p.mu.Lock()
 	ok := p.submit(t, false)
 	if !ok {
@@ -125,7 +137,10 @@ func (p *process) serveGroup(ctx context.Context, c *call, g *group, emit emitte
 		return err
 	}
 	start := time.Now()
-	if !p.compute(ctx, g) {
+	if err := p.encodeMedia(ctx, c, g); err != nil {
+		return err
+	}
+	if !p.e.encodeOnly() && !p.compute(ctx, g) {
 		return errClientGone
 	}
 	p.mu.Lock()
@@ -162,30 +177,31 @@ func (p *process) judge(ctx context.Context, g *group) error {
 	return nil
 }
 
-// load pulls the blocks of g's handle, if it has one, and takes its places in the batch.
+// load fetches g's blocks, if another engine has them, and takes its places in the batch.
 func (p *process) load(ctx context.Context, g *group) error {
-	if g.remote == nil {
+	if g.remote == nil && g.leg == nil {
 		return nil
+	}
+	if g.remote == nil && !defers(g.leg) {
+		died, err := g.leg.load(ctx, g)
+		return p.loaded(ctx, died, err)
 	}
 	p.mu.Lock()
 	g.state = statePull
 	p.deferred += len(g.seqs)
 	p.fetching += len(g.seqs)
-	p.meter.externalHit(g)
+	if g.remote != nil {
+		p.meter.externalHit(g)
+	}
 	p.mu.Unlock()
-	ok, died := p.pull(ctx, g)
+	died, err := p.fetch(ctx, g)
 	t := &ticket{g: g, slots: true, ready: make(chan struct{})}
 	p.mu.Lock()
 	p.deferred -= len(g.seqs)
 	p.fetching -= len(g.seqs)
 	p.mu.Unlock()
-	switch {
-	case died != "":
-		return &diedError{died}
-	case ctx.Err() != nil:
-		return errClientGone
-	case !ok && p.e.opts.LoadFailurePolicy == policyFail:
-		return errLoadFailed
+	if err := p.loaded(ctx, died, err); err != nil {
+		return err
 	}
 	p.mu.Lock()
 	p.submit(t, true)
@@ -194,6 +210,35 @@ func (p *process) load(ctx context.Context, g *group) error {
 		return errClientGone
 	}
 	return nil
+}
+
+// fetch gets g's blocks by its wire.
+func (p *process) fetch(ctx context.Context, g *group) (died string, err error) {
+	if g.fault.diesAt(atPull) {
+		p.kill(g.fault)
+		return "", errClientGone
+	}
+	if g.leg != nil {
+		return g.leg.load(ctx, g)
+	}
+	ok, died := p.pull(ctx, g)
+	if !ok {
+		err = errLoadFailed
+	}
+	return died, err
+}
+
+// loaded is what becomes of a request whose load ended so.
+func (p *process) loaded(ctx context.Context, died string, err error) error {
+	switch {
+	case died != "":
+		return &diedError{died}
+	case ctx.Err() != nil:
+		return errClientGone
+	case errors.Is(err, errLoadFailed) && p.e.opts.LoadFailurePolicy == policyRecompute:
+		return nil
+	}
+	return err
 }
 
 // compute spends the time of the prefill and fills the blocks; false when the client left meanwhile.
@@ -206,12 +251,15 @@ func (p *process) compute(ctx context.Context, g *group) bool {
 	p.mu.Unlock()
 	uncached, pulled := 0, true
 	for _, q := range g.seqs {
-		if q.pulled > 0 {
+		if q.pulled > 0 && q.cached+q.remote >= q.prompt {
 			continue
 		}
 		pulled = false
 		if q.sibling == nil {
 			uncached += len(q.tokens) - q.cached
+		}
+		if q.pulled > 0 { // a part of the prompt
+			uncached -= q.remote
 		}
 	}
 	d := p.e.timing.prefillFixed + time.Duration(float64(uncached)*float64(p.e.timing.prefillPerToken)*stretch)
@@ -220,7 +268,7 @@ func (p *process) compute(ctx context.Context, g *group) bool {
 	}
 	var sl sleeper
 	defer sl.close()
-	if !sl.sleep(ctx, d) {
+	if p.killComputing(ctx, g, &sl, d) || !sl.sleep(ctx, d) {
 		return false
 	}
 	p.mu.Lock()

@@ -17,9 +17,10 @@ type scheduler struct {
 	deferred int        // sequences that wait for remote KV or for an adapter
 	fetching int        // of those, the ones whose pull runs
 	active   map[*group]struct{}
-	leases   map[string]*lease   // by the remote_request_id of their handle
-	agents   map[string]struct{} // engine ids this process shook hands with
-	adapters map[string]int      // sequences per running LoRA adapter
+	leases   map[string]*lease          // by the remote_request_id of their handle, or what else the decode leg names
+	awaited  map[string][]chan struct{} // by the id of a lease that is not there yet: closed when it is
+	agents   map[string]struct{}        // engine ids this process shook hands with
+	adapters map[string]int             // sequences per running LoRA adapter
 	meter    meter
 }
 
@@ -152,6 +153,7 @@ func (s *scheduler) allocate(g *group) bool {
 			s.meter.add(metricSlots().prefixQueries, float64(len(q.tokens)))
 			s.meter.add(metricSlots().prefixHits, float64(q.cached))
 			s.meter.add(metricSlots().cachedDevice, float64(q.cached))
+			s.meter.add(metricSlots().externalQueries, float64(len(q.tokens)-q.cached))
 		}
 	}
 	return true

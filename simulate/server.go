@@ -3,72 +3,25 @@
 package simulate
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"strconv"
 	"strings"
-	"time"
 )
-
-// route is what one path answers.
-type route struct {
-	method string // besides HEAD for GET
-	api    api
-	serve  func(p *process, x *exchange)
-}
-
-// routeOf finds the handler of a path; nil for an unknown one.
-func routeOf(path string) *route {
-	switch path {
-	case "/v1/completions":
-		return &route{http.MethodPost, apiCompletions, (*process).generate}
-	case "/v1/chat/completions":
-		return &route{http.MethodPost, apiChat, (*process).generate}
-	case "/v1/responses":
-		return &route{http.MethodPost, apiResponses, (*process).generate}
-	case "/v1/messages":
-		return &route{http.MethodPost, apiMessages, (*process).generate}
-	case "/inference/v1/generate":
-		return &route{http.MethodPost, apiGenerate, (*process).generate}
-	case "/v1/completions/render", "/v1/chat/completions/render":
-		return &route{http.MethodPost, apiCompletions, (*process).serveScaleOutOff}
-	case "/v1/messages/count_tokens":
-		return &route{http.MethodPost, apiMessages, (*process).serveCountTokens}
-	case "/tokenize":
-		return &route{http.MethodPost, apiCompletions, (*process).serveTokenize}
-	case "/detokenize":
-		return &route{http.MethodPost, apiCompletions, (*process).serveDetokenize}
-	case "/reset_prefix_cache":
-		return &route{http.MethodPost, apiCompletions, (*process).serveResetCache}
-	case "/v1/models":
-		return &route{http.MethodGet, apiCompletions, (*process).serveModels}
-	case "/health", "/ping":
-		return &route{http.MethodGet, apiCompletions, (*process).serveHealth}
-	case "/version":
-		return &route{http.MethodGet, apiCompletions, (*process).serveVersion}
-	case "/load":
-		return &route{http.MethodGet, apiCompletions, (*process).serveLoad}
-	case "/metrics", "/metrics/":
-		return &route{http.MethodGet, apiCompletions, (*process).serveMetrics}
-	case "/admin/faults":
-		return &route{"", apiCompletions, (*process).serveFaults}
-	case "/admin/kill":
-		return &route{http.MethodPost, apiCompletions, (*process).serveKill}
-	case "/admin/state":
-		return &route{http.MethodGet, apiCompletions, (*process).serveState}
-	}
-	return nil
-}
 
 // exchange is one request with its answer.
 type exchange struct {
+	p     *process
 	w     http.ResponseWriter
 	r     *http.Request
 	api   api
 	call  *call
-	fault *Fault // to inject, nil for none
+	fault *Fault          // to inject, nil for none
+	ctx   context.Context //nolint:containedctx // of the work, as r's is of the client; nil where they are one
 }
 
 func (p *process) serveHTTP(w http.ResponseWriter, r *http.Request) {
@@ -77,7 +30,7 @@ func (p *process) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h["Server"] = []string{"uvicorn"}
 	h["Vary"] = []string{"Origin"}
-	x := &exchange{w: w, r: r}
+	x := &exchange{p: p, w: w, r: r}
 	if p.e.opts.RequestIDHeader {
 		id := r.Header.Get(headerRequestID)
 		if id == "" {
@@ -85,9 +38,11 @@ func (p *process) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		h.Set(headerRequestID, id)
 	}
-	rt := routeOf(r.URL.Path)
+	rt := p.routeOf(r.URL.Path)
 	switch {
-	case rt == nil && strings.HasSuffix(r.URL.Path, "/") && routeOf(strings.TrimRight(r.URL.Path, "/")) != nil:
+	case r.Method == http.MethodOptions && r.Header.Get("Origin") != "" && r.Header.Get("Access-Control-Request-Method") != "":
+		x.refusePreflight()
+	case rt == nil && strings.HasSuffix(r.URL.Path, "/") && p.routeOf(strings.TrimRight(r.URL.Path, "/")) != nil:
 		x.redirect()
 	case rt == nil:
 		x.json(http.StatusNotFound, []byte(`{"detail":"Not Found"}`))
@@ -122,7 +77,7 @@ func (x *exchange) json(status int, body []byte) {
 	_, _ = x.w.Write(body) // a client that is gone is noticed by its context
 }
 
-func (x *exchange) fail(err *apiError) { x.json(err.status, err.body(x.api)) }
+func (x *exchange) fail(err *apiError) { x.json(err.status, x.errorBody(err)) }
 
 // conn is the request's connection.
 func (x *exchange) conn() net.Conn {
@@ -162,26 +117,31 @@ func (p *process) generate(x *exchange) {
 		p.serveScaleOutOff(x)
 		return
 	}
+	p = p.rankFor(x.r.Header)
 	c, bad := p.e.parse(x.api, x.r.Header, body)
-	rec := Recorded{
-		At: time.Now(), Method: x.r.Method, URI: x.r.RequestURI, Header: x.r.Header.Clone(), Body: body,
-		RequestID: x.r.Header.Get(headerRequestID), Attempt: x.r.Header.Get(headerAttempt), Phase: phasePlain,
+	if refused := p.readLeg(c); bad == nil {
+		bad = refused
 	}
-	if c != nil {
-		rec.Phase = c.phase
+	if bad == nil {
+		bad = p.prepareMedia(c)
 	}
-	p.e.records.body(rec)
-	x.call = c
-	x.fault = p.e.faults.pick(p.e, c)
-	if x.fault != nil && !x.fault.Late && p.injectEarly(x) {
+	if p.received(x, c, body) {
+		c.forsake()
 		return
 	}
 	if bad != nil {
 		if c != nil && c.phase == phaseTransfer {
 			p.e.letGo(c.transfer)
 		}
+		c.forsake()
 		x.fail(bad)
 		return
+	}
+	c.fields, c.extra = nil, nil
+	if w := sglangOf(p); w != nil {
+		ctx, end := w.flights.track(x.r.Context(), c)
+		defer end()
+		x.ctx = ctx
 	}
 	p.answer(x, p.newGroup(c))
 }
@@ -189,20 +149,28 @@ func (p *process) generate(x *exchange) {
 // answer runs g and writes the answer, streamed or whole.
 func (p *process) answer(x *exchange, g *group) {
 	c := x.call
+	g.fault = x.fault
 	out := newWriter(p, x, g)
 	var emit emitter = func(*sequence, uint32, string) error { return nil }
 	if p.full(g) { // before a stream's headers
 		p.e.letGo(g.remote)
+		c.forsake()
 		p.answerError(x, out, errQueueFull)
 		return
 	}
 	if c.stream {
 		if err := out.begin(); err != nil {
+			p.e.letGo(g.remote)
+			c.forsake()
 			return
 		}
 		emit = out.token
 	}
-	err := p.run(x.r.Context(), c, g, emit)
+	err := p.run(x.context(), c, g, emit)
+	if errors.Is(err, errCacheThreshold) {
+		p.belowThreshold(x, out, g)
+		return
+	}
 	if err != nil {
 		p.answerError(x, out, err)
 		return
@@ -212,7 +180,12 @@ func (p *process) answer(x *exchange, g *group) {
 			q.finish, q.stopReason = finishError, ""
 		}
 	}
-	handle := p.finish(x, g)
+	handle, err := p.finish(x, g)
+	if err != nil {
+		p.answerError(x, out, err)
+		return
+	}
+	out.encodings = p.pinEncodings(x, c)
 	if x.fault != nil && x.fault.Late && p.injectEarly(x) {
 		return
 	}
@@ -220,34 +193,77 @@ func (p *process) answer(x *exchange, g *group) {
 		out.end()
 		return
 	}
-	x.answerJSON(out.whole(handle))
+	x.answerJSON(x.shaped(out, g, handle))
+}
+
+// shaped is the whole answer with what the request's leg adds to it.
+func (x *exchange) shaped(out *writer, g *group, m member) []byte {
+	var body []byte
+	if g.leg == nil || m.name == memberTransfer {
+		body = out.whole(m.value)
+	} else {
+		body = addMember(out.whole(nil), m.name, m.value)
+	}
+	if s, ok := g.leg.(shaper); ok {
+		body = s.shape(body, x.oddHandle)
+	}
+	return body
+}
+
+// member is what a finished prefill adds to its answer.
+type member struct {
+	name  string
+	value json.RawMessage
 }
 
 // finish pins or frees the blocks of a complete answer.
-func (p *process) finish(x *exchange, g *group) []byte {
+func (p *process) finish(x *exchange, g *group) (member, error) {
 	c := x.call
-	var handle []byte
-	if c.holds() {
-		handle = p.pin(g, c, x.oddHandle)
+	var m member
+	switch {
+	case g.leg != nil:
+		p.mu.Lock()
+		if g.leg.phase() == phasePrefill { // whoever waits to be fetched from does so outside the batch
+			p.unplace(g)
+			p.admit()
+			g.state = stateHandover
+		}
+		p.mu.Unlock()
+		var err error
+		if m.name, m.value, err = g.leg.done(x.context(), g); err != nil {
+			p.ended(g, err)
+			return m, err
+		}
+		if m.name != "" {
+			m.value = x.oddHandle(m.value)
+		}
+	case c.holds():
+		m.value = p.pin(g, c, x.oddHandle)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.meter.finished(g, "")
 	p.leave(g)
-	return handle
+	return m, nil
 }
 
 // answerError says what went wrong, and lets the engine die of it where a real one would.
 func (p *process) answerError(x *exchange, out *writer, err error) {
 	if errors.Is(err, errClientGone) {
+		if aborted(x.context()) {
+			p.answerAborted(x, out)
+		}
 		return
 	}
 	bad := errInternal
+	var own *apiError
 	died, dies := errors.AsType[*diedError](err)
 	switch {
 	case dies:
 		bad = errDead
 		x.w.Header().Set("Connection", "close")
+	case errors.As(err, &own):
+		bad = own
 	case errors.Is(err, errQueueFull):
 		bad = &apiError{status: http.StatusServiceUnavailable, kind: "ServiceUnavailableError", message: "The server is overloaded: the waiting queue is full."}
 	}

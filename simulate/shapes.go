@@ -56,7 +56,7 @@ type completion struct {
 	SystemFingerprint string             `json:"system_fingerprint"`
 	Usage             usageBlock         `json:"usage"`
 	KVTransfer        json.RawMessage    `json:"kv_transfer_params"`
-	ECTransfer        null               `json:"ec_transfer_params"`
+	ECTransfer        json.RawMessage    `json:"ec_transfer_params"`
 	Metrics           null               `json:"metrics"`
 }
 
@@ -93,7 +93,7 @@ type chatCompletion struct {
 	PromptTokenIDs    []uint32        `json:"prompt_token_ids"`
 	PromptText        null            `json:"prompt_text"`
 	KVTransfer        json.RawMessage `json:"kv_transfer_params"`
-	ECTransfer        null            `json:"ec_transfer_params"`
+	ECTransfer        json.RawMessage `json:"ec_transfer_params"`
 	Metrics           null            `json:"metrics"`
 }
 
@@ -173,7 +173,7 @@ type generateAnswer struct {
 	Placeholders   null             `json:"mm_placeholders"`
 	Metrics        null             `json:"metrics"`
 	KVTransfer     json.RawMessage  `json:"kv_transfer_params"`
-	ECTransfer     null             `json:"ec_transfer_params"`
+	ECTransfer     json.RawMessage  `json:"ec_transfer_params"`
 	OutputMode     string           `json:"output_mode"`
 	Choices        []generateChoice `json:"choices"`
 }
@@ -200,6 +200,7 @@ type anthropicMessage struct {
 	StopSeq    string          `json:"stop_sequence,omitempty"`
 	Usage      anthropicUsage  `json:"usage"`
 	KVTransfer json.RawMessage `json:"kv_transfer_params,omitempty"`
+	ECTransfer json.RawMessage `json:"ec_transfer_params,omitempty"`
 }
 
 // anthropicStart is the message of message_start, where the stop fields are null.

@@ -72,7 +72,7 @@ type response struct {
 	PresencePenalty   json.RawMessage     `json:"presence_penalty"`
 	FrequencyPenalty  json.RawMessage     `json:"frequency_penalty"`
 	KVTransfer        json.RawMessage     `json:"kv_transfer_params"`
-	ECTransfer        null                `json:"ec_transfer_params"`
+	ECTransfer        json.RawMessage     `json:"ec_transfer_params"`
 	InputMessages     null                `json:"input_messages"`
 	OutputMessages    null                `json:"output_messages"`
 }

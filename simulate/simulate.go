@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package simulate is a pool of simulated model servers: real HTTP/1.1 servers that speak the wire of vLLM 0.32
-// (completions, chat, responses, messages, streaming, errors, /metrics, NIXL handles with leases) on a virtual
-// accelerator with a block pool, a prefix cache, a queue and a timing model. They answer as the real server does when
-// it is misused, they can be told to fail ([Faults]), and they account for every KV block ([Engine.Held],
-// [Engine.Leaked], [Engine.Pulls]). The one type is [Engine]; a [Pool] is many of them in one process.
+// (completions, chat, responses, messages, streaming, errors, /metrics, NIXL handles with leases, the other connectors
+// of [Options.Connector]), of SGLang or of TensorRT-LLM ([Options.Engine]) on a virtual accelerator with a block pool, a
+// prefix cache, a queue and a timing model for each data-parallel rank. vLLM's NIXL pull is held to a recorded server;
+// the others follow the engines' sources as read, not a run. They answer as the real server does when it is misused,
+// they can be told to fail ([Faults]), and they account for every KV block ([Engine.Held], [Engine.Leaked],
+// [Engine.Pulls]). The one type is [Engine]; a [Pool] is many of them in one process.
 //
 // Every duration passes through [Options.Scale]: with 0.01 a 30 s lease ends after 0.3 s.
 package simulate
@@ -30,7 +32,7 @@ type Engine struct {
 	timing   timing
 	log      *slog.Logger
 	registry *Registry
-	sidePort int // the NIXL side-channel port that handles carry; 5600 plus the place in the registry
+	sidePort int // the NIXL side-channel port that handles carry; 5600 plus the ranks before it in the registry
 
 	records records // has its own lock
 	faults  faultState
@@ -39,11 +41,12 @@ type Engine struct {
 	closed  bool
 	revival *time.Timer // of a kill by POST /admin/kill that is to be followed by a restart
 
-	mu      sync.Mutex // guards what follows
-	rng     *rand.Rand
-	addr    netip.AddrPort // as bound first; kept over Kill and Restart
-	current *process       // nil before Start, after Kill and after Close
-	last    *process       // the process whose goroutines Close and Restart wait for
+	mu       sync.Mutex // guards what follows
+	rng      *rand.Rand
+	addr     netip.AddrPort // as bound first; kept over Kill and Restart
+	sideAddr netip.AddrPort // of the wire's own server, likewise; zero for none
+	current  *process       // nil before Start, after Kill and after Close
+	last     *process       // the process whose goroutines Close and Restart wait for
 }
 
 // New checks o and returns an engine. It starts nothing.
@@ -67,7 +70,7 @@ func New(o Options) (*Engine, error) {
 	}
 	e.records.limit(full.RecordBodies, full.RecordBytes)
 	e.faults.set(full.Faults)
-	e.sidePort = e.registry.add(e)
+	e.sidePort = e.registry.add(e, full.Ranks)
 	return e, nil
 }
 
@@ -145,6 +148,10 @@ func (e *Engine) startLocked(addr string) error {
 		return errors.Join(fmt.Errorf("engine %s: %w", e.opts.Name, err), ln.Close())
 	}
 	p := newProcess(e, bound)
+	if err := p.openSide(); err != nil {
+		p.stop(nil)
+		return errors.Join(fmt.Errorf("engine %s: %w", e.opts.Name, err), ln.Close())
+	}
 	e.mu.Lock()
 	e.addr = bound
 	e.current, e.last = p, p
@@ -170,6 +177,7 @@ func (e *Engine) killLocked() {
 // die ends the process from inside one of its own handlers, as a failed assertion in the engine core does: every other
 // connection is reset, the port refuses, and nothing is waited for.
 func (e *Engine) die(p *process, own net.Conn, requestID, reason string) {
+	p = p.front
 	p.stop(own)
 	e.mu.Lock()
 	if e.current == p {
@@ -193,6 +201,18 @@ func (e *Engine) Addr() netip.AddrPort {
 	defer e.mu.Unlock()
 	return e.addr
 }
+
+// BootstrapPort is the port of the connector's own HTTP server, such as Mooncake's bootstrap server; 0 where there is
+// none or before Start.
+func (e *Engine) BootstrapPort() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return int(e.sideAddr.Port())
+}
+
+// P2PPort is the port of the engine's KV side channel, at data-parallel rank 0: what handles and remote_port carry. No
+// socket listens there: engines of one [Registry] reach each other by it.
+func (e *Engine) P2PPort() int { return e.sidePort }
 
 // URL is the engine's base URL, without a slash at the end.
 func (e *Engine) URL() string { return "http://" + e.Addr().String() }

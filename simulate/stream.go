@@ -43,7 +43,7 @@ func (w *writer) head(q *sequence) error {
 			w.sse.event("content_block_start", []byte(`{"type":"content_block_start","content_block":{"type":"text","text":""},"index":0}`)))
 	case apiResponses:
 		return w.responseHead()
-	case apiCompletions, apiGenerate:
+	case apiCompletions, apiGenerate, apiNative:
 	}
 	return nil
 }
@@ -77,6 +77,8 @@ func (w *writer) token(q *sequence, id uint32, text string) error {
 		})
 	case apiCompletions, apiChat, apiGenerate:
 		err = w.sse.data(marshal(w.tokenChunk(q, id, text)))
+	case apiNative:
+		err = w.sse.data(marshal(w.nativeAnswer(q)))
 	}
 	if err != nil {
 		return errClientGone
@@ -93,7 +95,7 @@ func (w *writer) tokenChunk(q *sequence, id uint32, text string) chunk {
 		}
 	}
 	var ids []uint32
-	if w.c.returnTokens {
+	if w.c.returnTokens && len(q.generated) > 0 {
 		ids = []uint32{id}
 	}
 	var ch chunk
@@ -135,6 +137,7 @@ func (w *writer) finished() bool {
 
 // end closes a stream. A client that is gone is not told so.
 func (w *writer) end() {
+	defer w.sse.drain()
 	switch w.c.api {
 	case apiMessages:
 		w.messageEnd()
@@ -142,7 +145,7 @@ func (w *writer) end() {
 	case apiResponses:
 		w.responseEnd()
 		return
-	case apiCompletions, apiChat, apiGenerate:
+	case apiCompletions, apiChat, apiGenerate, apiNative:
 	}
 	if w.c.usage {
 		ch := w.chunk([]string{})
@@ -173,7 +176,8 @@ func (w *writer) messageEnd() {
 
 // streamError ends a stream that has begun: an error object in the place of a chunk.
 func (w *writer) streamError(e *apiError) {
-	body := e.body(w.c.api)
+	defer w.sse.drain()
+	body := w.x.errorEvent(e)
 	if w.c.api == apiMessages {
 		_ = w.sse.event("error", body)
 		return
@@ -235,6 +239,7 @@ type sse struct {
 	x      *exchange
 	rc     *http.ResponseController
 	events int
+	held   string // by a fault that cuts the stream elsewhere than between events
 }
 
 func (s *sse) data(payload []byte) error { return s.event("", payload) }

@@ -17,6 +17,7 @@ type transfer struct {
 	doRemotePrefill bool
 	blocks          []int64 // of all groups
 	hasBlocks       bool    // remote_block_ids is an array
+	push            bool    // transfer_mode push: the blocks are found by the request id
 	engineID        string
 	requestID       string
 	host            string
@@ -37,13 +38,13 @@ const (
 
 func (t *transfer) flaw(ownTP int) flaw {
 	switch {
-	case !t.hasBlocks, t.tpSize > ownTP:
+	case !t.hasBlocks && !t.push, t.tpSize > ownTP:
 		return flawDies
 	case t.engineID == "", t.host == "", t.port == 0:
 		return flawIgnored
 	case t.requestID == "":
 		return flawHangs
-	case len(t.blocks) == 0:
+	case len(t.blocks) == 0 && !t.push:
 		return flawIgnored
 	}
 	return flawNone
@@ -51,6 +52,10 @@ func (t *transfer) flaw(ownTP int) flaw {
 
 // bytesPerToken is the size of the KV of one token, as in the captures: 458752 bytes for 7 blocks of 32.
 const bytesPerToken = 2048
+
+// transferPush is transfer_mode of a handle whose blocks the prefill engine writes once the decode engine has registered
+// its own.
+const transferPush = "push"
 
 // heartbeats per lease; each extends the lease by two thirds of it.
 const heartbeats = 6
@@ -63,29 +68,54 @@ func (p *process) pull(ctx context.Context, g *group) (ok bool, died string) {
 	defer sl.close()
 	if peer == nil {
 		sl.sleep(ctx, p.scaled(wait))
-		return p.pullFailed(t, "prefill engine not reached"), ""
+		return p.pullFailed(t.requestID, "prefill engine not reached"), ""
 	}
 	peer.extend(t.requestID)
 	if wait > 0 && !sl.sleep(ctx, wait) {
 		return false, "" // left during the handshake; abort notifies
 	}
+	ids := t.blocks
+	if t.push {
+		if ids, ok = peer.awaitLease(ctx, t.requestID, p.e.timing.lease); !ok {
+			return p.pullFailed(t.requestID, "registered, and nothing was written"), ""
+		}
+	}
+	ok, died = p.receive(g, peer, ids, Pull{RequestID: t.requestID, Verbatim: peer.verbatim(t)})
+	if ok {
+		peer.notify(t.requestID)
+	}
+	return ok, died
+}
+
+// receive copies what peer's blocks ids hold into g's, the prefix that g has already left out, and records the pull;
+// rec says what is known of it. It takes the transfer's time, which the client's leaving does not shorten. It returns
+// false, the failure recorded, when peer has ended or has no such blocks. died names why p's engine process ends.
+func (p *process) receive(g *group, peer *process, ids []int64, rec Pull) (ok bool, died string) {
 	tokens := 0
 	for _, q := range g.seqs {
 		tokens = max(tokens, q.prompt-q.cached)
 	}
-	end := time.Now().Add(p.e.timing.transferFixed + time.Duration(tokens)*p.e.timing.transferPerToken)
-	// A pull that runs is not interrupted by the client's leaving.
-	if !sl.until(context.WithoutCancel(ctx), end) {
-		return false, ""
-	}
-	contents, inside := peer.read(t.blocks)
+	<-time.NewTimer(p.e.timing.transferFixed + time.Duration(tokens)*p.e.timing.transferPerToken).C
+	contents, inside := peer.read(ids)
 	if contents == nil {
-		return p.pullFailed(t, "prefill engine gone"), ""
+		return p.pullFailed(rec.RequestID, "prefill engine gone"), ""
 	}
 	if !inside {
-		return p.pullFailed(t, "block ids out of range"), ""
+		return p.pullFailed(rec.RequestID, "block ids out of range"), ""
 	}
-	return p.store(g, peer, contents)
+	rec.From, rec.runs = peer.e.opts.Name, runsOf(ids)
+	return p.store(g, contents, rec)
+}
+
+// runsOf counts the runs of neighbouring blocks.
+func runsOf(ids []int64) int {
+	n := 0
+	for i, id := range ids {
+		if i == 0 || id != ids[i-1]+1 {
+			n++
+		}
+	}
+	return n
 }
 
 // reach finds the engine that a handle names, shaking hands at first contact. wait is how long the handshake takes, or
@@ -104,18 +134,26 @@ func (p *process) reach(t *transfer) (peer *process, wait time.Duration) {
 	if peer == nil {
 		return nil, wait
 	}
-	if peer.id != t.engineID {
+	if peer.id != t.engineID && (!p.e.opts.MixRanks || !peer.hasRank(t.engineID)) {
 		return nil, waitWrongEngine
 	}
+	return peer, p.greet(peer)
+}
+
+// greet is the first contact with an engine, once; it returns what the handshake takes.
+func (p *process) greet(peer *process) time.Duration {
 	p.mu.Lock()
-	p.agents[t.engineID] = struct{}{}
-	p.mu.Unlock()
-	return peer, p.e.timing.handshake
+	defer p.mu.Unlock()
+	if _, known := p.agents[peer.id]; known {
+		return 0
+	}
+	p.agents[peer.id] = struct{}{}
+	return p.e.timing.handshake
 }
 
 // read copies what blocks hold; nil when the process has ended.
 func (p *process) read(ids []int64) ([]blockContent, bool) {
-	if p.e.running() != p {
+	if p.e.running() != p.front {
 		return nil, false
 	}
 	p.mu.Lock()
@@ -127,10 +165,10 @@ func (p *process) read(ids []int64) ([]blockContent, bool) {
 	return out, true
 }
 
-// store puts pulled blocks in place, tells the prefill engine and records the pull.
-func (p *process) store(g *group, peer *process, contents []blockContent) (ok bool, died string) {
-	t := g.remote
-	rec := Pull{At: time.Now(), From: peer.e.opts.Name, To: p.e.opts.Name, RequestID: t.requestID, Verbatim: peer.verbatim(t)}
+// store puts pulled blocks in place and records the pull. contents are a prompt's last blocks, its full ones and the
+// one that is not.
+func (p *process) store(g *group, contents []blockContent, rec Pull) (ok bool, died string) {
+	rec.At, rec.To = time.Now(), p.e.opts.Name
 	p.mu.Lock()
 	for _, q := range g.seqs {
 		n := len(q.blocks) - q.cached/p.cache.size
@@ -147,7 +185,6 @@ func (p *process) store(g *group, peer *process, contents []blockContent) (ok bo
 	p.meter.pulled(rec, p.e.timing)
 	p.mu.Unlock()
 	p.e.records.pull(rec)
-	peer.notify(t.requestID)
 	return true, ""
 }
 
@@ -175,13 +212,13 @@ func (p *process) storeOne(q *sequence, contents []blockContent) {
 	q.remote = q.prompt - q.cached
 }
 
-// pullFailed records a failed pull. It returns false.
-func (p *process) pullFailed(t *transfer, why string) bool {
+// pullFailed records a failed pull of the blocks that id names. It returns false.
+func (p *process) pullFailed(id, why string) bool {
 	p.mu.Lock()
 	p.meter.add(metricSlots().failedTransfers, 1)
 	p.mu.Unlock()
-	p.e.records.pull(Pull{At: time.Now(), To: p.e.opts.Name, RequestID: t.requestID, Err: why})
-	p.e.log.Debug("pull failed", slog.String("request_id", t.requestID), slog.String("reason", why))
+	p.e.records.pull(Pull{At: time.Now(), To: p.e.opts.Name, RequestID: id, Err: why})
+	p.e.log.Debug("pull failed", slog.String("request_id", id), slog.String("reason", why))
 	return false
 }
 

@@ -17,7 +17,8 @@ type writer struct {
 	g   *group
 	sse sse
 
-	begun bool // a stream's headers are out
+	begun     bool            // a stream's headers are out
+	encodings json.RawMessage // ec_transfer_params of an encode leg's answer
 
 	// Of a Responses stream.
 	item     string
@@ -99,6 +100,8 @@ func (w *writer) whole(kv json.RawMessage) []byte {
 		return w.wholeMessage(kv)
 	case apiGenerate:
 		return w.wholeGenerate(kv)
+	case apiNative:
+		return w.wholeNative()
 	case apiCompletions:
 	}
 	return w.wholeCompletion(kv)
@@ -129,7 +132,7 @@ func (w *writer) wholeCompletion(kv json.RawMessage) []byte {
 	c := w.c
 	a := completion{
 		ID: c.id, Object: "text_completion", Created: c.created, Model: c.model, SystemFingerprint: fingerprint,
-		Usage: w.usage(), KVTransfer: kv,
+		Usage: w.usage(), KVTransfer: kv, ECTransfer: w.encodings,
 	}
 	for _, q := range w.g.seqs {
 		text := string(q.text)
@@ -169,7 +172,7 @@ func (w *writer) wholeChat(kv json.RawMessage) []byte {
 	c := w.c
 	a := chatCompletion{
 		ID: c.id, Object: "chat.completion", Created: c.created, Model: c.model, SystemFingerprint: fingerprint,
-		Usage: w.usage(), KVTransfer: kv, PromptTokenIDs: w.promptIDs(w.g.seqs[0]),
+		Usage: w.usage(), KVTransfer: kv, ECTransfer: w.encodings, PromptTokenIDs: w.promptIDs(w.g.seqs[0]),
 	}
 	for _, q := range w.g.seqs {
 		ch := chatChoice{
@@ -187,7 +190,7 @@ func (w *writer) wholeChat(kv json.RawMessage) []byte {
 func (w *writer) wholeGenerate(kv json.RawMessage) []byte {
 	c := w.c
 	a := generateAnswer{
-		RequestID: c.id, Model: c.model, Created: c.created, Usage: w.usage(), KVTransfer: kv, OutputMode: "tokens",
+		RequestID: c.id, Model: c.model, Created: c.created, Usage: w.usage(), KVTransfer: kv, ECTransfer: w.encodings, OutputMode: "tokens",
 	}
 	for _, q := range w.g.seqs {
 		a.Choices = append(a.Choices, generateChoice{
@@ -220,7 +223,7 @@ func (w *writer) wholeMessage(kv json.RawMessage) []byte {
 	q := w.g.seqs[0]
 	return marshal(anthropicMessage{
 		ID: w.c.id, Type: "message", Role: "assistant", Content: []anthropicText{{"text", string(q.text)}}, Model: w.c.model,
-		StopReason: anthropicStop(q), StopSeq: q.stopReason, Usage: w.anthropicUsage(), KVTransfer: kv,
+		StopReason: anthropicStop(q), StopSeq: q.stopReason, Usage: w.anthropicUsage(), KVTransfer: kv, ECTransfer: w.encodings,
 	})
 }
 
@@ -231,7 +234,7 @@ func (w *writer) response(kv json.RawMessage, done bool) *response {
 		ID: c.id, CreatedAt: c.created, Model: c.model, Object: "response", Output: []responseItem{}, ParallelToolCalls: true,
 		Temperature: json.RawMessage(pythonFloat(c.temperature)), ToolChoice: "none", Tools: []string{},
 		TopP: json.RawMessage("1.0"), MaxOutputTokens: c.limit(q), ServiceTier: "auto", Status: "in_progress",
-		Truncation: "disabled", PresencePenalty: json.RawMessage("0.0"), FrequencyPenalty: json.RawMessage("0.0"), KVTransfer: kv,
+		Truncation: "disabled", PresencePenalty: json.RawMessage("0.0"), FrequencyPenalty: json.RawMessage("0.0"), KVTransfer: kv, ECTransfer: w.encodings,
 	}
 	if !done {
 		return a

@@ -11,13 +11,16 @@ import (
 	"github.com/baton-epp/baton/simulate"
 )
 
-const simulateHelp = `Run a pool of simulated vLLM servers on loopback: real HTTP, real metrics pages, prefix caches, KV transfer with leases,
+const simulateHelp = `Run a pool of simulated model servers on loopback: real HTTP, real metrics pages, prefix caches, KV transfer with leases,
 and faults on demand. No GPU, no model.
 
   baton simulate --prefill 2 --decode 3 --base-port 18100 --endpoints-file endpoints.yaml
 
-The endpoints file is what baton serve's file-discovery reads. Each engine answers vLLM's API and, beside it,
+The endpoints file is what baton serve's file-discovery reads, with the labels that the connector needs. --connector
+mooncake opens a bootstrap server beside each engine; the other side channels are inside the process. Each engine
+answers its own API and, beside it,
   GET  /admin/state    what it holds, leaked, pulled and aborted
+  POST /admin/clock    {"jump_ms":30000} moves the clock of the lease timers
   POST /admin/faults   {"rules":[{"phase":"prefill","kind":"status","status":503,"probability":0.1}]}`
 
 func newSimulate() *cobra.Command {
@@ -53,11 +56,20 @@ func simulateFlags(fs *pflag.FlagSet, o *simulate.PoolOptions) {
 	fs.IntVar(&o.Decode, "decode", 0, "engines with role decode")
 	fs.IntVar(&o.Both, "both", 0, "engines with role prefill-decode")
 	fs.IntVar(&o.Plain, "plain", 0, "engines without a role")
+	fs.IntVar(&o.Encode, "encode", 0, "engines with role encode, which do nothing else")
+	fs.IntVar(&o.EncodePrefill, "encode-prefill", 0, "engines with role encode-prefill")
+	fs.IntVar(&o.EncodePrefillDecode, "encode-prefill-decode", 0, "engines with role encode-prefill-decode")
 	fs.StringVar(&o.Host, "host", "127.0.0.1", "address to listen on")
 	fs.IntVar(&o.BasePort, "base-port", 0, "port of the first engine, the others follow (0 = free ports)")
 	fs.StringVar(&o.EndpointsFile, "endpoints-file", "", "file to write for baton serve's file-discovery")
 	fs.StringVar(&t.Model, "model", "tiny", "served model name")
 	fs.StringVar(&t.Generation, "generation", "", `"" for vLLM 0.32, "old" for flat block ids and older metric names`)
+	fs.StringVar(&t.Engine, "engine", "", "vllm (default), sglang or trtllm")
+	fs.StringVar(&t.Connector, "connector", "", "how KV moves; for vllm nixlv2 (default), nixl-push, moriio, mooncake, offloading, shared-storage or lmcache-pd")
+	fs.StringVar(&t.Encoder, "encoder", "", `how encoded media reaches other engines: "" (not at all), ec-example or ec-nixl`)
+	fs.IntVar(&t.Ranks, "data-parallel-size", 1, "data-parallel ranks of each engine")
+	fs.BoolVar(&o.RankPorts, "data-parallel-ports", false, "each rank on a port of its own, as an engine of its own")
+	fs.IntVar(&t.SidePort, "bootstrap-port", 0, "port of the first engine's bootstrap server, where the connector has one (0 = free ports)")
 	fs.Uint64Var(&t.Seed, "seed", 0, "seed of ids and fault draws (0 = drawn)")
 	fs.IntVar(&t.BlockSize, "block-size", 0, "tokens in a KV block (default 16)")
 	fs.IntVar(&t.NumBlocks, "num-blocks", 0, "KV blocks (default 4096)")
@@ -70,6 +82,7 @@ func simulateFlags(fs *pflag.FlagSet, o *simulate.PoolOptions) {
 	fs.DurationVar(&t.TransferFixed, "transfer-fixed", 0, "time of a KV pull (default 2ms)")
 	fs.DurationVar(&t.TransferPerToken, "transfer-per-token", 0, "time per token pulled (default 1µs)")
 	fs.DurationVar(&t.InterToken, "inter-token", 0, "time between tokens (default 5ms)")
+	fs.DurationVar(&t.Encode, "encode-time", 0, "time to encode an image or another media item (default 20ms)")
 	fs.DurationVar(&t.Handshake, "handshake", 0, "first contact of a prefill and a decode engine (default 50ms)")
 	fs.DurationVar(&t.Lease, "lease", 0, "how long a finished prefill is held (default 30s)")
 	fs.StringVar(&t.LoadFailurePolicy, "kv-load-failure-policy", "", "fail (default) or recompute")

@@ -44,11 +44,16 @@ func (b *Builder) Addr(hostport string) *Builder {
 // Role sets the role label and the role.
 func (b *Builder) Role(value string) *Builder { return b.Label(pool.LabelRole, value) }
 
-// Label sets one label; the role label sets the role too.
+// Label sets one label; the labels of role, engine and tensor parallel size set those too.
 func (b *Builder) Label(key, value string) *Builder {
 	b.e.Labels[key] = value
-	if key == pool.LabelRole {
+	switch key {
+	case pool.LabelRole:
 		b.e.Role = pool.ParseRole(value)
+	case pool.LabelEngine, pool.LabelEngineGIE:
+		b.e.Engine = value
+	case pool.LabelTensorParallel:
+		b.e.TensorParallel = pool.ParseTensorParallel(value)
 	}
 	return b
 }

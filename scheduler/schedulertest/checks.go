@@ -96,6 +96,27 @@ func checkDecider(t *testing.T, d scheduler.Decider, cands []scheduler.Candidate
 	for i := range cands[:min(len(cands), 20)] {
 		check(&cands[i])
 	}
+	if p, ok := d.(scheduler.PairDecider); ok {
+		checkPairDecider(t, p, cands)
+	}
+}
+
+func checkPairDecider(t *testing.T, d scheduler.PairDecider, cands []scheduler.Candidate) {
+	t.Helper()
+	before := slices.Clone(cands)
+	for i := range cands[:min(len(cands), 20)] {
+		decode, prefill := &cands[i], &cands[len(cands)-1-i]
+		cy := cycle()
+		run, reason := d.DecidePair(cy, decode, prefill)
+		if reason == "" {
+			t.Error("decided on a pair without a reason")
+		}
+		if again, _ := d.DecidePair(cy, decode, prefill); again != run {
+			t.Error("decided differently on the same pair the second time")
+		}
+		noAllocations(t, func() { d.DecidePair(cy, decode, prefill) })
+	}
+	unchanged(t, before, cands)
 }
 
 func endpoints(cands []scheduler.Candidate) []*pool.Endpoint {

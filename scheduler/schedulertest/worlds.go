@@ -16,8 +16,9 @@ import (
 
 // world is one kind of pool: how its endpoint i looks.
 type world struct {
-	name  string
-	build func(i int) *pooltest.Builder
+	name   string
+	build  func(i int) *pooltest.Builder
+	taught bool // speeds are learned, and some pairs are warm
 }
 
 func worlds() []world {
@@ -31,17 +32,18 @@ func worlds() []world {
 		return b.Label("a", strconv.Itoa(i%2))
 	}
 	return []world{
-		{"mixed", mixed},
-		{"all equal", func(i int) *pooltest.Builder { return pooltest.E(fmt.Sprintf("p%d", i)) }},
-		{"stale", func(i int) *pooltest.Builder { return mixed(i).Stale() }},
-		{"never scraped", func(i int) *pooltest.Builder { return mixed(i).Unscraped() }},
-		{"half of it stale", func(i int) *pooltest.Builder {
+		{name: "mixed", build: mixed},
+		{name: "taught", build: mixed, taught: true},
+		{name: "all equal", build: func(i int) *pooltest.Builder { return pooltest.E(fmt.Sprintf("p%d", i)) }},
+		{name: "stale", build: func(i int) *pooltest.Builder { return mixed(i).Stale() }},
+		{name: "never scraped", build: func(i int) *pooltest.Builder { return mixed(i).Unscraped() }},
+		{name: "half of it stale", build: func(i int) *pooltest.Builder {
 			if i%2 == 0 {
 				return mixed(i).Stale()
 			}
 			return mixed(i)
 		}},
-		{"nonsense", func(i int) *pooltest.Builder {
+		{name: "nonsense", build: func(i int) *pooltest.Builder {
 			odd := []float64{math.NaN(), math.Inf(1), math.Inf(-1), -5, 1e308}[i%5]
 			return mixed(i).Waiting(odd).Running(odd).KV(odd)
 		}},
@@ -53,6 +55,11 @@ func (w world) candidates(n int) []scheduler.Candidate {
 	cands := make([]scheduler.Candidate, n)
 	for i := range cands {
 		e := w.build(i).Build(uint32(i))
+		if w.taught {
+			e.Pace.Prefilled(int64(1000+i), time.Duration(1+i%23)*100*time.Millisecond)
+			e.Pace.Received(int64(1000+i), time.Duration(1+i%7)*10*time.Millisecond)
+			e.Warm.Add(uint32(i / 2))
+		}
 		m := e.Metrics()
 		c := scheduler.Candidate{
 			Endpoint: e, Metrics: m, Fresh: m.Fresh(now()),

@@ -19,12 +19,11 @@ func OneToken(r *inference.Request, body *inference.Edits) {
 	body.Set("stream", no)
 	body.Remove("stream_options")
 	switch r.API {
-	case inference.Generate, inference.SGLangGenerate:
-		body.SetSampling("max_tokens", one)
-		body.RemoveSampling("min_tokens")
-		if r.N > 1 {
-			body.SetSampling("n", one)
-		}
+	case inference.Generate:
+		oneSampled(r, body, "max_tokens", "min_tokens")
+		return
+	case inference.SGLangGenerate:
+		oneSampled(r, body, "max_new_tokens", "min_new_tokens")
 		return
 	case inference.Responses:
 		body.Set("max_output_tokens", one)
@@ -40,6 +39,16 @@ func OneToken(r *inference.Request, body *inference.Edits) {
 	body.Remove("return_token_ids") // would send the prompt back
 	if r.N > 1 {
 		body.Set("n", one)
+	}
+}
+
+// oneSampled does the same inside sampling_params, whose limits are called most and least. SGLang's list of them, one
+// per prompt, stays as it is.
+func oneSampled(r *inference.Request, body *inference.Edits, most, least string) {
+	body.SetSampling(most, []byte("1"))
+	body.RemoveSampling(least)
+	if r.N > 1 {
+		body.SetSampling("n", []byte("1"))
 	}
 }
 

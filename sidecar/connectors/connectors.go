@@ -8,21 +8,22 @@
 // A connector has one method per moment at which a wire can differ. Every wire in use has one of four shapes:
 //
 //   - Serial with handle. Prefill runs to its end, [Connector.Answer] cuts the handle out of what it said, and
-//     [Connector.Decode] splices it into the decode body. nixlv2 is built. trtllm: Prefill writes
-//     disaggregated_params, Answer takes choices[0].disaggregated_params and prompt_token_ids, and says [Complete]
-//     for any finish reason but length. lmcache-pd: [Traits].NeedsDecode, for Prefill writes the receiver's ports;
-//     Answer takes first_tok, which Decode appends to the prompt. moriio READ: as nixlv2 with more fields.
-//   - Serial blind. The engines meet in a store that neither leg names: Prefill caps the leg to one token, Answer
-//     says [Ready] without a handle, Decode does nothing. shared-storage; its try-decode-first variant is a decision
-//     before Prefill, made by who calls.
+//     [Connector.Decode] splices it into the decode body. nixlv2 (vLLM, pull and push) and moriio (READ) take
+//     kv_transfer_params whole; trtllm puts its handle together from the choice's disaggregated_params, the token ids,
+//     which replace decode's prompt, and the usage.
+//   - Serial blind. Decode looks for the blocks by itself, so Answer says [Ready] without a handle and Decode does
+//     nothing. shared-storage: the engines meet in a store that neither leg names; it is an [Asker], for clients that
+//     let decode say whether it has enough. lmcache-pd: prefill writes into decode's buffer and must know its ports
+//     before ([Traits].NeedsDecode).
 //   - Rendezvous. An id minted here goes into both legs. Prefill writes it and keeps it in [Exchange].Ticket, Decode
 //     reads it there and is called with a nil handle, before the prefill answered where [Traits].Shape says so; Answer
 //     says [Ready] or [Failed]. sglang (bootstrap_room) and mooncake (transfer_id) run both legs at once, offloading
-//     (kv_request_id) one after the other. Two moments exist only here and become optional interfaces with them:
-//     Introduce, for what must be asked of a prefiller once per pod (mooncake's /query), and Abort, for the call that
-//     frees the other leg (sglang's /abort_request).
-//   - Fan-out and join. Encoders move no KV: ec-example and ec-nixl take a second interface with the moments Item (the
-//     body of one media item), Join (merge the answers' ec_transfer_params) and Splice (into the next leg's body).
+//     (kv_request_id) one after the other; it can also fetch cached blocks from a third endpoint ([Puller]). Two
+//     moments exist only here: [Introducer], for what must be asked of a prefiller once per pod (mooncake's /query), and
+//     [Aborter], for the call that frees the other leg (sglang's /abort_request).
+//   - Fan-out and join. Encoders move no KV and have an interface of their own, [Encoder]: one leg for each media item,
+//     and what they answered goes into the next legs. ec-example: nothing does, the engines share a store. ec-nixl: the
+//     answers' ec_transfer_params become one map.
 package connectors
 
 import (
@@ -41,7 +42,8 @@ type Connector interface {
 	// Prefill makes the client's body into that of the prefill leg. body is a fresh list of edits; what the client
 	// sent in transfer fields is removed from it already.
 	Prefill(x *Exchange, body *inference.Edits)
-	// Answer reads the body of a 200 that answered the prefill leg. It keeps no part of answer.
+	// Answer reads the body of a 200 that answered the prefill leg. It keeps no part of answer. Where decode is sent before
+	// the prefill answered, x.Request has no Body any more.
 	Answer(x *Exchange, answer []byte) Answer
 	// Decode puts into the decode leg's body what lets it find the blocks. handle is what Answer returned; nil where
 	// decode is sent before the prefill answered.
@@ -155,6 +157,8 @@ type Traits struct {
 	Claims bool
 	// EndsDecode says that a decode whose prefill failed waits in vain and is ended at once; otherwise it helps itself.
 	EndsDecode bool
+	// OneChoice says that the wire cannot carry a request for several choices (n > 1).
+	OneChoice bool
 	// Bars are the properties of a request that this wire cannot carry.
 	Bars inference.Bar
 	// APIs lists the APIs whose bodies the wire can be spliced into.
@@ -176,8 +180,5 @@ func Lookup(name string) (Connector, Traits, error) {
 		built = append(built, n)
 	}
 	slices.Sort(built)
-	if slices.Contains(planned(), name) {
-		return nil, Traits{}, fmt.Errorf("%q is known, not built yet (built: %s)", name, strings.Join(built, ", "))
-	}
 	return nil, Traits{}, fmt.Errorf("%q is not a connector (built: %s)", name, strings.Join(built, ", "))
 }

@@ -21,17 +21,19 @@ type Encoder interface {
 	Answer(x *Encoding, item int, answer []byte) Answer
 	// Splice puts what was encoded into the body of a further leg: consumer says that the leg's endpoint uses the
 	// embeddings; otherwise it only needs to count their placeholders. handles has one entry per item, nil for an item
-	// that was not encoded, whose raw media stays.
+	// that was not encoded, whose raw media stays. It may be called again for the same body: then the last call counts.
 	Splice(x *Encoding, handles [][]byte, consumer bool, body *inference.Edits)
 }
 
 // Encoding is the encode phase of one request: the same value for every method.
 type Encoding struct {
 	Request *inference.Request
+	// Model is what encode endpoints are asked for when it is not the name that the client sent; "" = as sent.
+	Model string
 	// Lean lets Splice replace raw media by embeddings (disaggregation.encode.embeds).
 	Lean bool
-	// Keys identify the items by content, in hexadecimal (SHA-256 of the raw JSON value at Media.Span): equal items have
-	// equal keys, here and on every replica.
+	// Keys identify the items by kind and content, in hexadecimal ([MediaKey]): equal items have equal keys, here and on
+	// every replica.
 	Keys []string
 }
 

@@ -2,7 +2,11 @@
 
 package connectors
 
-import "github.com/baton-epp/baton/inference"
+import (
+	"slices"
+
+	"github.com/baton-epp/baton/inference"
+)
 
 // entry is one line of the registry.
 type entry struct {
@@ -22,14 +26,33 @@ const every = ^inference.Bar(0)
 // registry has one line per connector that is built, by the name llm-d gives it where there is one.
 func registry() map[string]entry {
 	openAI := []inference.API{inference.Chat, inference.Completions, inference.Responses, inference.Messages, inference.Generate}
+	withSGLang := append(slices.Clone(openAI), inference.SGLangGenerate)
+	trtllmAPIs := []inference.API{inference.Chat, inference.Completions}
+	howTokensAreDrawn := inference.BarBestOf | inference.BarBeamSearch
+	sglangAPIs := []inference.API{inference.Chat, inference.Completions, inference.SGLangGenerate}
+	// Echo with logprobs needs those of the prompt, which decode does not have. The other bars are vLLM's fields, which
+	// SGLang ignores, or of APIs that are not served; several prompts get a room each.
+	sglangBars := inference.BarEcho | inference.BarEmbeddings | inference.BarNotJSON
 	return map[string]entry{
-		"nixlv2": {nixlv2{}, Traits{Proven: realEngine, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"nixlv2":         {nixlv2{}, Traits{Proven: realEngine, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"shared-storage": {sharedStorage{}, Traits{Proven: fromSource, Aggregates: true, Bars: every &^ howTokensAreDrawn, APIs: withSGLang}},
+		"offloading":     {offloading{}, Traits{Proven: fromSource, Overlaps: true, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"moriio":         {moriio{}, Traits{Proven: unconfirmed, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"trtllm":         {trtllm{}, Traits{Proven: fromSource, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: trtllmAPIs}},
+		"mooncake":       {mooncake{}, Traits{Proven: fromSource, Shape: Rendezvous, Aggregates: true, Claims: true, EndsDecode: true, Bars: every, APIs: openAI}},
+		"sglang":         {sglang{}, Traits{Proven: fromSource, Shape: Rendezvous, Claims: true, EndsDecode: true, OneChoice: true, Bars: sglangBars, APIs: sglangAPIs}},
+		"lmcache-pd":     {lmcachePD{}, Traits{Proven: unconfirmed, NeedsDecode: true, Aggregates: true, Bars: every, APIs: openAI}},
 	}
 }
 
 // encoders has one line per encoder connector that is built, by the name llm-d gives it.
 func encoders() map[string]encoderEntry {
-	return map[string]encoderEntry{}
+	withImages := []inference.API{inference.Chat, inference.Responses, inference.Messages}
+	return map[string]encoderEntry{
+		"ec-example": {ecExample{}, EncoderTraits{Proven: fromSource, APIs: withImages}},
+		// Handles go into chat bodies: of other APIs no engine is known to read ec_transfer_params.
+		"ec-nixl": {ecNixl{}, EncoderTraits{Proven: unconfirmed, APIs: withImages[:1]}},
+	}
 }
 
 // How far a wire is proven.
@@ -38,10 +61,3 @@ const (
 	fromSource  = "from source" // written from the engine's source and documentation
 	unconfirmed = "unconfirmed" // from a proposal, or from one router's use of it
 )
-
-// planned lists the wires that Baton is going to speak.
-func planned() []string {
-	return []string{
-		"shared-storage", "lmcache-pd", "offloading", "mooncake", "sglang", "trtllm", "moriio",
-	}
-}

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/baton-epp/baton/internal/gatewaytest"
+	"github.com/baton-epp/baton/pool"
+	"github.com/baton-epp/baton/simulate"
+)
+
+// row is a line of the failure matrix: what breaks, and what follows.
+type row struct {
+	name     string // the line of docs/design.md 3.5 or 5.2
+	config   string // further settings of disaggregation
+	sections string // further sections of the configuration
+	engine   func(o *simulate.Options)
+	timeout  string                // of one prefill attempt; default 10s
+	leaky    bool                  // prefills are lost: their leases are short
+	faults   []simulate.Fault      // of the prefill endpoints
+	decode   []simulate.Fault      // of the decode endpoints
+	applies  func(f *flavour) bool // nil = every wire
+	// run sends the request and checks; nil sends it once and compares with want.
+	run  func(s *scenario)
+	want func(f *flavour) want
+}
+
+// Expectations that many rows share.
+var (
+	disaggregated = want{status: 200, outcome: "disaggregated", reasons: []string{"ok"}}
+)
+
+// first makes a fault of the first attempt only.
+func first(f simulate.Fault) []simulate.Fault {
+	f.Phase, f.Attempt = "prefill", "1"
+	return []simulate.Fault{f}
+}
+
+// always makes a fault of every prefill.
+func always(f simulate.Fault) []simulate.Fault {
+	f.Phase = "prefill"
+	return []simulate.Fault{f}
+}
+
+// mended is what follows when the first attempt fails for a reason and the next one does not. With both legs at once the
+// failure may show when decode was sent already.
+func mended(reason string) func(f *flavour) want {
+	return func(f *flavour) want {
+		w := disaggregated
+		w.reasons = []string{reason, "ok"}
+		if f.atOnce() {
+			w.or = []want{late(f, reason)}
+		}
+		return w
+	}
+}
+
+// late is a prefill that failed when decode was sent already.
+func late(f *flavour, reason string) want {
+	if f.EndsDecode {
+		return want{status: 502, dropped: "prefill-failed", reasons: []string{reason}}
+	}
+	return want{status: 200, outcome: "fallback-" + reason, reasons: []string{reason}}
+}
+
+// usedUp is what follows when no attempt succeeds; one is for failures after which no other prefiller is asked.
+func usedUp(reason string, attempts int) func(f *flavour) want {
+	return func(f *flavour) want {
+		w := want{status: 200, outcome: "fallback-" + reason, reasons: slices.Repeat([]string{reason}, attempts)}
+		if !f.Aggregates {
+			w = want{status: 502, dropped: "prefill-failed", reasons: w.reasons}
+		}
+		if f.atOnce() {
+			for n := 1; n <= attempts; n++ {
+				l := late(f, reason)
+				l.reasons = slices.Repeat([]string{reason}, n)
+				w.or = append(w.or, l)
+			}
+		}
+		return w
+	}
+}
+
+// failed is what follows when nobody may go on without prefill.
+func failed(reason string, attempts int) func(f *flavour) want {
+	return func(f *flavour) want {
+		w := want{status: 502, dropped: "prefill-failed", reasons: slices.Repeat([]string{reason}, attempts)}
+		if f.atOnce() {
+			for n := 1; n <= attempts; n++ {
+				l := late(f, reason)
+				l.reasons = slices.Repeat([]string{reason}, n)
+				w.or = append(w.or, l)
+			}
+		}
+		return w
+	}
+}
+
+// unmet adds what follows when both legs are at once and the decode leg never comes: the prefill is cancelled, unless it
+// was over by then.
+func unmet(f *flavour, w want) want {
+	if !f.atOnce() {
+		return w
+	}
+	cancelled := w
+	cancelled.reasons, cancelled.leaks, cancelled.expired = []string{"canceled"}, 0, 0
+	if !f.EndsDecode { // its blocks are parked without waiting for anybody
+		w.expired = 1
+		cancelled.expired = -2
+	}
+	w.or = append(w.or, cancelled)
+	return w
+}
+
+func withHandle(f *flavour) bool { return f.Claims && !f.atOnce() && f.connector != "offloading" }
+func serial(f *flavour) bool     { return !f.atOnce() }
+
+func rows() []row {
+	return []row{
+		{name: "nothing fails", want: func(*flavour) want { return disaggregated }},
+		{name: "prefill refused", sections: calm, run: oneRefuses},
+		{name: "prefill reset", faults: first(simulate.Fault{Kind: "reset_before_headers"}), want: mended("reset")},
+		{name: "prefill 500", faults: first(simulate.Fault{Kind: "status", Status: 500}), want: mended("status_5xx")},
+		{name: "prefill 503", faults: first(simulate.Fault{Kind: "status", Status: 503}), want: mended("status_5xx")},
+		{name: "prefill 404", faults: first(simulate.Fault{Kind: "status", Status: 404}), want: mended("not_found")},
+		{name: "prefill 408", faults: first(simulate.Fault{Kind: "status", Status: 408}), want: mended("overloaded")},
+		{name: "prefill 425", faults: first(simulate.Fault{Kind: "status", Status: 425}), want: mended("overloaded")},
+		{name: "prefill 429", faults: first(simulate.Fault{Kind: "status", Status: 429, RetryAfter: "1"}), want: mended("overloaded")},
+		{name: "prefill redirects", faults: first(simulate.Fault{Kind: "status", Status: 307}), want: mended("malformed")},
+		{name: "prefill hangs", timeout: "1s", faults: first(simulate.Fault{Kind: "hang"}), want: mended("timeout")},
+		{name: "prefill answers no JSON", faults: first(simulate.Fault{Kind: "status", Status: 200, Body: "<html>"}), want: mended("malformed")},
+		{
+			name: "prefill 400", faults: always(simulate.Fault{Kind: "status", Status: 400}), want: usedUp("rejected", 1),
+		},
+		{
+			name: "prefill 422", faults: always(simulate.Fault{Kind: "status", Status: 422}), want: usedUp("rejected", 1),
+		},
+		{name: "prefillers used up", faults: always(simulate.Fault{Kind: "status", Status: 500}), want: usedUp("status_5xx", 2)},
+		{
+			name: "prefillers used up, onFailure fail", config: "onFailure: fail",
+			faults: always(simulate.Fault{Kind: "status", Status: 500}), want: failed("status_5xx", 2),
+		},
+		{
+			name: "prefill without handle", leaky: true, applies: withHandle, faults: always(simulate.Fault{Kind: "no_handle"}),
+			want: func(f *flavour) want {
+				w := usedUp("handle_missing", 1)(f)
+				w.expired = 1 // whether blocks are held is not known from an answer that names none
+				return w
+			},
+		},
+		{name: "decode gone during prefill", leaky: true, applies: serial, faults: always(simulate.Fault{Kind: "delay", DelayMS: 300}), run: decodeGone},
+		{
+			name: "budget spent", config: "budget: 300ms", faults: always(simulate.Fault{Kind: "hang"}),
+			want: func(*flavour) want { return want{status: 504, dropped: "budget-spent", reasons: []string{"budget"}} },
+		},
+		{name: "client gone during prefill", faults: always(simulate.Fault{Kind: "delay", DelayMS: 5000}), run: clientGone},
+		{name: "client gone during decode", engine: func(o *simulate.Options) { o.InterToken = 100 * time.Millisecond }, run: clientGoneDecoding},
+		{
+			name: "decode 500 before it read the body", leaky: true, decode: []simulate.Fault{{Kind: "status", Status: 500}},
+			want: func(f *flavour) want {
+				w := want{status: 500, outcome: "disaggregated", reasons: []string{"ok"}}
+				if f.Claims && !f.atOnce() {
+					w.expired = 1 // an engine that fails of itself may have let go of the blocks: not counted as leaked
+				}
+				return unmet(f, w)
+			},
+		},
+		{
+			name: "decode 404", leaky: true, decode: []simulate.Fault{{Kind: "status", Status: 404}},
+			want: func(f *flavour) want {
+				w := want{status: 404, outcome: "disaggregated", reasons: []string{"ok"}}
+				if f.Claims {
+					w.leaks, w.expired = 1, 1
+				}
+				return unmet(f, w)
+			},
+		},
+		{name: "pool empty", run: nobody},
+		{name: "no decode endpoint", run: noDecode},
+		{name: "too many bytes held", applies: serial, sections: "limits: {maxBodyBytes: 400, maxHeldBytes: 400}\n", run: overBudget},
+		{name: "body too large", sections: "limits: {maxBodyBytes: 200}\n", want: refusal(413, "body-too-large")},
+		{name: "not JSON", run: notJSON},
+		{name: "five failures eject", config: "breaker: {failures: 100}", run: ejected},
+		{name: "the gateway sends twice", timeout: "2s", run: twice},
+	}
+}
+
+func refusal(status int, reason string) func(*flavour) want {
+	return func(*flavour) want { return want{status: status, dropped: reason} }
+}
+
+// oneRefuses: one of two prefill endpoints is down, and some request asks it first.
+func oneRefuses(s *scenario) {
+	s.engines("prefill")[0].Kill()
+	for i := range 16 {
+		s.id = fmt.Sprint("r", i)
+		w := disaggregated
+		if n := len(s.reasonsAfter()); n == 2 {
+			w.reasons = []string{"refused", "ok"}
+			s.check(s.last, nil, w)
+			return
+		}
+		s.check(s.last, nil, w)
+	}
+	s.t.Error("no request met the endpoint that refuses")
+}
+
+// decodeGone: the endpoint picked for decode stops answering while prefill runs.
+func decodeGone(s *scenario) {
+	done := s.start(s.t.Context())
+	picked := s.busy("decode")
+	s.writeEndpoints(slices.DeleteFunc(slices.Clone(s.pool.Engines()), func(e *simulate.Engine) bool { return e.Addr() == picked.Addr })...)
+	r := <-done
+	w := disaggregated
+	if s.flavour.NeedsDecode { // prefilled for that endpoint only
+		w = want{status: 200, outcome: "fallback-decode_changed", reasons: []string{"ok"}}
+		if s.flavour.Claims {
+			w.leaks, w.expired = 1, 1
+		}
+	}
+	s.check(r.reply, r.err, w)
+	if r.reply.Destination == picked.Hostport {
+		s.t.Error("the request went to the endpoint that is gone")
+	}
+}
+
+// prefills are the prefills that endpoints with faults were asked for, all but the questions that some wires begin with.
+func (s *scenario) prefills() (all []simulate.Recorded) {
+	for _, e := range s.engines("prefill") {
+		if len(e.Faults().Rules) == 0 {
+			continue
+		}
+		for _, b := range e.Bodies() {
+			if b.Phase == "prefill" {
+				all = append(all, b)
+			}
+		}
+	}
+	return all
+}
+
+// twice: a gateway that retries, which none of the shipped configurations does, delivers what can be used once a second
+// time. Where blocks are still known, and where decode needs none, that is harmless; other engines fail the second
+// request or let it wait for their own timer.
+func twice(s *scenario) {
+	g, err := gatewaytest.New(gatewaytest.Options{Picker: s.app.Addr().String(), Request: s.mode, Resend: true})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer func() { _ = g.Close() }()
+	ctx, cancel := context.WithTimeout(s.t.Context(), 2*time.Second)
+	defer cancel()
+	r, err := g.Do(ctx, s.path, []byte(s.body), "x-request-id", s.id)
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+	case err != nil:
+		s.t.Errorf("the second delivery: %v", err)
+	case r.Status == 200 && len(r.Body) > 0 && !strings.Contains(string(r.Body), `"error"`):
+		if text := answerText(s.t, r.Body); text != s.want {
+			s.t.Errorf("the second delivery gave another text: %q", text)
+		}
+	case r.Status != 200 && r.Status != 500:
+		s.t.Errorf("the second delivery: status %d", r.Status)
+	}
+	if harmless := s.flavour.name == "nixlv2" || s.flavour.name == "moriio" || s.flavour.blind(); harmless && (err != nil || r.Status != 200) {
+		s.t.Errorf("the second delivery: %+v, %v", r, err)
+	}
+	s.leftWith(want{})
+}
+
+// busy waits for an endpoint of a role with a request counted on it.
+func (s *scenario) busy(role string) (found *pool.Endpoint) {
+	s.t.Helper()
+	eventually(s.t, "a request at a "+role+" endpoint", func() bool {
+		for _, e := range s.app.Snapshot().Endpoints {
+			if e.Labels[pool.LabelRole] == role && e.Load.Requests() > 0 {
+				found = e
+			}
+		}
+		return found != nil
+	})
+	return found
+}
+
+type outcome struct {
+	reply *gatewaytest.Reply
+	err   error
+}
+
+// start sends the request without waiting.
+func (s *scenario) start(ctx context.Context) <-chan outcome {
+	done := make(chan outcome, 1)
+	go func() {
+		r, err := s.do(ctx)
+		done <- outcome{r, err}
+	}()
+	return done
+}
+
+// reasonsAfter sends the request and returns how its attempts ended.
+func (s *scenario) reasonsAfter() []string {
+	s.t.Helper()
+	r, err := s.do(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.last = r
+	return s.reasons()
+}
+
+func clientGone(s *scenario) {
+	ctx, leave := context.WithCancel(s.t.Context())
+	defer leave()
+	done := s.start(ctx)
+	eventually(s.t, "a prefill runs", func() bool { return len(s.bodies("prefill")) > 0 })
+	leave()
+	if r := <-done; !errors.Is(r.err, context.Canceled) {
+		s.t.Errorf("reply %+v, error %v", r.reply, r.err)
+	}
+	s.leftWith(want{})
+	if n := len(s.prefills()); n != 1 {
+		s.t.Errorf("%d prefills, want the one that was cancelled", n)
+	}
+}
+
+func clientGoneDecoding(s *scenario) {
+	ctx, leave := context.WithCancel(s.t.Context())
+	defer leave()
+	done := s.start(ctx)
+	eventually(s.t, "decode runs", func() bool {
+		for _, e := range s.engines("decode") {
+			for _, h := range e.Held() {
+				if h.State == "decode" {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	leave()
+	if r := <-done; !errors.Is(r.err, context.Canceled) {
+		s.t.Errorf("reply %+v, error %v", r.reply, r.err)
+	}
+	s.leftWith(want{})
+}
+
+func nobody(s *scenario) {
+	s.writeEndpoints()
+	eventually(s.t, "an empty pool", func() bool { return len(s.app.Snapshot().Endpoints) == 0 })
+	r, err := s.do(s.t.Context())
+	s.check(r, err, want{status: 503, dropped: "rejected-no-endpoints"})
+}
+
+func noDecode(s *scenario) {
+	s.writeEndpoints(s.engines("prefill")...)
+	eventually(s.t, "prefill alone", func() bool { return len(s.app.Snapshot().Endpoints) == 2 })
+	r, err := s.do(s.t.Context())
+	s.check(r, err, want{status: 503, dropped: "rejected-no-endpoints"})
+}
+
+// overBudget: one request holds all the bytes there are when another one comes.
+func overBudget(s *scenario) {
+	short := chatBody(20, `,"temperature":0`)
+	s.body, s.want = short, reference(s.t, s.path, short)
+	s.setFaults("prefill", always(simulate.Fault{Kind: "delay", DelayMS: 500})...)
+	done := s.start(s.t.Context())
+	eventually(s.t, "the first is held", func() bool { return s.sum("baton_admission_held_bytes") > 0 })
+	body := []byte(chatBody(60, ""))
+	r, err := s.gateway.Do(s.t.Context(), s.path, body, "x-request-id", "second")
+	if err != nil || r.Status != 429 || r.Header.Get("retry-after") == "" {
+		s.t.Errorf("reply %+v, error %v", r, err)
+	}
+	o := <-done
+	s.check(o.reply, o.err, disaggregated)
+}
+
+func notJSON(s *scenario) {
+	s.body = `{"model":"tiny","messages":`
+	r, err := s.do(s.t.Context())
+	s.check(r, err, want{status: 400, dropped: "malformed-body"})
+}
+
+// ejected: an endpoint that failed five times in a row is left alone.
+func ejected(s *scenario) {
+	sick := s.engines("prefill")[0]
+	if err := sick.SetFaults(simulate.Faults{Rules: []simulate.Fault{{Phase: "prefill", Kind: "status", Status: 500}}}); err != nil {
+		s.t.Fatal(err)
+	}
+	for i := range 40 {
+		s.id, s.body = fmt.Sprint("r", i), chatBody(20+i, "")
+		if _, err := s.do(s.t.Context()); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	if n := len(s.prefills()); n != pool.EjectAfter {
+		s.t.Errorf("the sick endpoint was asked %d times, want %d", n, pool.EjectAfter)
+	}
+	s.leftWith(want{})
+}

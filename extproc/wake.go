@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package extproc
+
+import (
+	"errors"
+
+	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+)
+
+var (
+	// errDrained ends a quiet stream that we end ourselves.
+	errDrained = errors.New("drained")
+	// errSettled ends a stream whose decode waits in vain for the prefill beside it; response.failure says why.
+	errSettled = errors.New("prefill beside decode failed")
+)
+
+// received is what Recv returned.
+type received struct {
+	msg *extprocv3.ProcessingRequest
+	err error
+}
+
+// wakefulRecv is Recv for streams that something else may wake: the end of a prefill that runs beside decode and, where
+// only the response headers and the end will come, the end of the server.
+func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
+	arrived := st.receive()
+	return func() (*extprocv3.ProcessingRequest, error) {
+		var draining, cutting <-chan struct{}
+		if st.responseMode == modeNone {
+			cutting = st.server.cutting.Done()
+			if st.response.headers {
+				draining = st.server.draining
+			}
+		}
+		for {
+			select {
+			case r := <-arrived:
+				return r.msg, r.err
+			case <-st.exchange.Pending():
+				if st.response.failure = st.exchange.Settle(st.grpc.Context()); st.response.failure != nil {
+					return nil, errSettled
+				}
+			case <-draining:
+				return nil, errDrained
+			case <-cutting:
+				return nil, errDrained
+			}
+		}
+	}
+}
+
+// receive hands over what Recv returns. The channel holds all that can come on a quiet stream, so the goroutine ends with
+// the stream even when nobody listens any more.
+func (st *stream) receive() <-chan received {
+	arrived := make(chan received, 1)
+	done := st.grpc.Context().Done()
+	go func() {
+		for err := error(nil); err == nil; {
+			var r received
+			r.msg, r.err = st.grpc.Recv()
+			err = r.err
+			select {
+			case arrived <- r:
+				continue // tried alone first: how the stream ended must not be lost to a context that ends with it
+			default:
+			}
+			select {
+			case arrived <- r:
+			case <-done:
+				return
+			}
+		}
+	}()
+	return arrived
+}
+
+// takeBack ends a request whose decode waits in vain: with an answer of ours as long as the response has not begun, else
+// with an error, by which the gateway cuts the response off. Either way it cancels the decode (measured on Envoy 1.40).
+func (st *stream) takeBack() error {
+	begun := st.response.headers
+	if err := st.refuse(st.response.failure); err != nil || !begun {
+		return err
+	}
+	return grpcstatus.Error(codes.Aborted, errSettled.Error())
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package gatewaytest is a gateway for tests and benchmarks: it asks an ext_proc server for each request's endpoint and
+// sends the request there, in the order of messages that Envoy 1.40 was seen to keep, without Envoy's weight. Where a
+// test is about Envoy itself, package envoytest has the real one. Its one type is the [Gateway].
+package gatewaytest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	procv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_proc/v3"
+	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/baton-epp/baton/extproc"
+)
+
+// Body modes, short.
+const (
+	Duplex   = procv3.ProcessingMode_FULL_DUPLEX_STREAMED
+	Buffered = procv3.ProcessingMode_BUFFERED
+	None     = procv3.ProcessingMode_NONE
+)
+
+// Options describe a gateway.
+type Options struct {
+	Picker   string // host:port of the ext_proc server
+	Request  procv3.ProcessingMode_BodySendMode
+	Response procv3.ProcessingMode_BodySendMode // None is the quiet mode: response headers are shown, bodies are not
+	// Unseen ends each stream as soon as the request was answered, as a gateway without a response phase does.
+	Unseen bool
+	// Resend sends every request a second time, to the same endpoint, whatever came of the first: a gateway with a route
+	// retry that Baton's configurations do not have.
+	Resend bool
+}
+
+// Gateway serves requests. Safe for concurrent use.
+type Gateway struct {
+	opts   Options
+	conn   *grpc.ClientConn
+	client extprocv3.ExternalProcessorClient
+	up     *http.Transport
+}
+
+// New connects to the picker.
+func New(o Options) (*Gateway, error) {
+	conn, err := grpc.NewClient(o.Picker, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
+	}
+	return &Gateway{
+		opts: o, conn: conn, client: extprocv3.NewExternalProcessorClient(conn),
+		up: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 256, IdleConnTimeout: 4 * time.Second},
+	}, nil
+}
+
+// Close ends the connection to the picker.
+func (g *Gateway) Close() error {
+	g.up.CloseIdleConnections()
+	return g.conn.Close() //nolint:wrapcheck // says all there is
+}
+
+// Reply is what the client got.
+type Reply struct {
+	Status      int
+	Header      http.Header
+	Body        []byte
+	Destination string // the endpoint that the picker named; "" when it answered by itself
+	Immediate   bool   // the picker answered by itself
+	Cut         bool   // the answer was cut off after its headers
+	Sent        []byte // the body that went to Destination
+}
+
+// Do takes one request through. The error is the context's, or says that the picker broke the protocol.
+func (g *Gateway) Do(ctx context.Context, path string, body []byte, headers ...string) (*Reply, error) {
+	r, err := g.do(ctx, path, body, headers)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return r, context.Cause(ctx) // what broke, broke because of it
+	case status.Code(err) == codes.DeadlineExceeded: // gRPC's timer is a little ahead of the context's
+		return r, context.DeadlineExceeded
+	}
+	return r, err
+}
+
+func (g *Gateway) do(ctx context.Context, path string, body []byte, headers []string) (*Reply, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	streamCtx, endStream := context.WithCancel(ctx)
+	defer endStream()
+	stream, err := g.client.Process(streamCtx)
+	if err != nil {
+		return nil, fmt.Errorf("ext_proc stream: %w", err)
+	}
+	x := &exchange{g: g, stream: stream, inbox: make(chan received, 1), ctx: ctx}
+	go x.receive(x.inbox)
+	header := http.Header{"Content-Type": {"application/json"}}
+	for i := 0; i+1 < len(headers); i += 2 {
+		header.Set(headers[i], headers[i+1])
+	}
+	pick, err := x.ask(path, body, header)
+	if err != nil {
+		return nil, err
+	}
+	if pick.immediate != nil {
+		return pick.immediate, nil
+	}
+	if g.opts.Unseen {
+		endStream() // by a reset, as Envoy was seen to do
+		x.inbox = nil
+	}
+	return x.forward(path, pick)
+}
+
+// exchange is one request.
+type exchange struct {
+	g      *Gateway
+	ctx    context.Context //nolint:containedctx // of the one call that it lives in
+	stream extprocv3.ExternalProcessor_ProcessClient
+	inbox  chan received
+}
+
+type received struct {
+	msg *extprocv3.ProcessingResponse
+	err error
+}
+
+// receive reads the stream into inbox, so that a message can arrive while the model server is waited for.
+func (x *exchange) receive(inbox chan<- received) {
+	for {
+		msg, err := x.stream.Recv()
+		select {
+		case inbox <- received{msg, err}:
+		case <-x.ctx.Done():
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// next waits for the picker's next message.
+func (x *exchange) next() (*extprocv3.ProcessingResponse, error) {
+	select {
+	case r := <-x.inbox:
+		return r.msg, r.err
+	case <-x.ctx.Done():
+		return nil, context.Cause(x.ctx)
+	}
+}
+
+// over ends the stream in order, and returns when the picker has closed its books.
+func (x *exchange) over() {
+	_ = x.stream.CloseSend() // fails only on a stream that has ended
+	for {
+		if _, err := x.next(); err != nil {
+			return
+		}
+	}
+}
+
+// pick is the picker's answer to a request.
+type pick struct {
+	destination string
+	header      http.Header
+	body        []byte
+	immediate   *Reply
+}
+
+// ask sends the request's headers and body and reads the answer.
+func (x *exchange) ask(path string, body []byte, header http.Header) (*pick, error) {
+	first := requestHeaders(path, header, len(body) == 0)
+	first.ProtocolConfig = &extprocv3.ProtocolConfiguration{RequestBodyMode: x.g.opts.Request, ResponseBodyMode: x.g.opts.Response}
+	if err := x.stream.Send(first); err != nil {
+		return nil, fmt.Errorf("ext_proc headers: %w", err)
+	}
+	p := &pick{header: header.Clone(), body: body}
+	if x.g.opts.Request == Buffered {
+		return p, x.askBuffered(p, body)
+	}
+	return p, x.askDuplex(p, body)
+}
+
+// chunkBytes is what one body message of Envoy carries at most, roughly.
+const chunkBytes = 64 << 10
+
+func (x *exchange) askDuplex(p *pick, body []byte) error {
+	for rest := body; ; {
+		n := min(len(rest), chunkBytes)
+		last := n == len(rest)
+		if err := x.stream.Send(requestBody(rest[:n], last)); err != nil && !errors.Is(err, io.EOF) {
+			return fmt.Errorf("ext_proc body: %w", err)
+		}
+		if rest = rest[n:]; last {
+			break
+		}
+	}
+	var sent bytes.Buffer
+	for {
+		msg, err := x.next()
+		if err != nil {
+			return fmt.Errorf("ext_proc answer: %w", err)
+		}
+		switch m := msg.GetResponse().(type) {
+		case *extprocv3.ProcessingResponse_ImmediateResponse:
+			p.immediate = immediate(m.ImmediateResponse)
+			return nil
+		case *extprocv3.ProcessingResponse_RequestHeaders:
+			p.apply(m.RequestHeaders.GetResponse(), msg)
+		case *extprocv3.ProcessingResponse_RequestBody:
+			part := m.RequestBody.GetResponse().GetBodyMutation().GetStreamedResponse()
+			sent.Write(part.GetBody())
+			if part.GetEndOfStream() {
+				p.body = sent.Bytes()
+				return nil
+			}
+		default:
+			return fmt.Errorf("ext_proc answer: unexpected %T", m)
+		}
+	}
+}
+
+func (x *exchange) askBuffered(p *pick, body []byte) error {
+	for sent := false; ; {
+		msg, err := x.next()
+		if err != nil {
+			return fmt.Errorf("ext_proc answer: %w", err)
+		}
+		switch m := msg.GetResponse().(type) {
+		case nil: // asks for time
+		case *extprocv3.ProcessingResponse_ImmediateResponse:
+			p.immediate = immediate(m.ImmediateResponse)
+			return nil
+		case *extprocv3.ProcessingResponse_RequestHeaders:
+			if sent {
+				return errors.New("ext_proc answer: headers answered twice")
+			}
+			if err := x.stream.Send(requestBody(body, true)); err != nil {
+				return fmt.Errorf("ext_proc body: %w", err)
+			}
+			sent = true
+		case *extprocv3.ProcessingResponse_RequestBody:
+			p.apply(m.RequestBody.GetResponse(), msg)
+			if changed, ok := m.RequestBody.GetResponse().GetBodyMutation().GetMutation().(*extprocv3.BodyMutation_Body); ok {
+				p.body = changed.Body
+			}
+			return nil
+		default:
+			return fmt.Errorf("ext_proc answer: unexpected %T", m)
+		}
+	}
+}
+
+// apply takes over header changes and the destination, which only the metadata may name.
+func (p *pick) apply(c *extprocv3.CommonResponse, msg *extprocv3.ProcessingResponse) {
+	for _, name := range c.GetHeaderMutation().GetRemoveHeaders() {
+		p.header.Del(name)
+	}
+	for _, o := range c.GetHeaderMutation().GetSetHeaders() {
+		p.header.Set(o.GetHeader().GetKey(), string(o.GetHeader().GetRawValue()))
+	}
+	ns := msg.GetDynamicMetadata().GetFields()[extproc.NamespaceDestination].GetStructValue()
+	if d := ns.GetFields()[extproc.HeaderDestination].GetStringValue(); d != "" {
+		p.destination, _, _ = strings.Cut(d, ",")
+	}
+}
