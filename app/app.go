@@ -139,7 +139,7 @@ func (a *App) buildRequestPath() error {
 		return err
 	}
 	a.server, err = extproc.New(extproc.Options{
-		Director: d, Gate: gate, MaxBodyBytes: a.config.Limits.MaxBodyBytes, OverrideTimeout: a.overrideTimeout,
+		Director: d, Gate: gate, MaxBodyBytes: a.config.Limits.MaxBodyBytes, OverrideTimeout: a.overrideTimeout, HoldResponse: a.orchestrator.HoldResponse,
 		IgnoreSubset: a.opts.DisableSubsetFilter, Logger: a.opts.Logger, Registerer: a.registry,
 	})
 	if err != nil {

@@ -5,6 +5,7 @@ package app
 import (
 	"bytes"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -69,9 +70,7 @@ func (p *splitter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer resp.Body.Close()
 	body, _ := io.ReadAll(resp.Body) // cut off, it is passed on cut off
-	for name, values := range resp.Header {
-		w.Header()[name] = values
-	}
+	maps.Copy(w.Header(), resp.Header)
 	w.WriteHeader(resp.StatusCode)
 	if before, _, found := bytes.Cut(body, []byte(cachedKey)); found {
 		n := len(before) + len(cachedKey) + 1

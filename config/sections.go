@@ -23,13 +23,16 @@ type Disaggregation struct {
 	// ParallelLegs sends decode while prefill runs, with a connector that is serial by default and allows it (offloading).
 	ParallelLegs bool `yaml:"parallelLegs"`
 	// PullCachedPrefix lets an endpoint fetch a prompt's cached prefix from a third one (offloading's remote_kv_source).
-	PullCachedPrefix bool          `yaml:"pullCachedPrefix"`
-	Ports            Ports         `yaml:"ports"`
-	Prefill          PrefillLimits `yaml:"prefill"`
-	Encode           EncodeLimits  `yaml:"encode"`
-	RetryBudget      RetryBudget   `yaml:"retryBudget"`
-	Breaker          Breaker       `yaml:"breaker"`
-	Transport        Transport     `yaml:"transport"`
+	PullCachedPrefix bool `yaml:"pullCachedPrefix"`
+	// HoldResponse is how long the head of a streamed response waits for a prefill that still runs beside decode, so that its
+	// failure is a 502; default 150ms, below Envoy's default message_timeout. FULL_DUPLEX responses wait without it.
+	HoldResponse time.Duration `yaml:"holdResponse"`
+	Ports        Ports         `yaml:"ports"`
+	Prefill      PrefillLimits `yaml:"prefill"`
+	Encode       EncodeLimits  `yaml:"encode"`
+	RetryBudget  RetryBudget   `yaml:"retryBudget"`
+	Breaker      Breaker       `yaml:"breaker"`
+	Transport    Transport     `yaml:"transport"`
 }
 
 // PrefillLimits bounds prefill sub-requests.
@@ -106,6 +109,7 @@ func defaultDisaggregation() Disaggregation {
 		HandleMaxAge:      25 * time.Second,
 		RewriteRemoteHost: "auto",
 		PairLabels:        []string{},
+		HoldResponse:      150 * time.Millisecond,
 		Ports:             Ports{SGLang: 8998, Mooncake: 8998, P2P: 5710, LMCacheInit: 7300, LMCacheData: 7400},
 		Prefill: PrefillLimits{
 			Timeout:                  60 * time.Second,

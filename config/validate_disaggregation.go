@@ -30,6 +30,7 @@ func (v *validator) checkDisaggregation(d *Disaggregation) {
 		v.oneOf(at+"ecConnector", d.ECConnector, "ec-example", "ec-nixl")
 	}
 	v.positive(at+"budget", d.Budget)
+	v.positive(at+"holdResponse", d.HoldResponse)
 	v.oneOf(at+"decodePick", d.DecodePick, "before", "after")
 	v.oneOf(at+"onFailure", d.OnFailure, "aggregate", "fail")
 	v.positive(at+"handleMaxAge", d.HandleMaxAge)

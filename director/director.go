@@ -42,6 +42,7 @@ type Orchestrator interface {
 	Forward(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome, decode *pool.Endpoint) error
 	Transferred(ctx context.Context, out *sidecar.Outcome, served *pool.Endpoint, ok bool)
 	Abandon(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome, reason string)
+	EndsDecode(out *sidecar.Outcome) bool
 	Settle(ctx context.Context, j *sidecar.Job, out *sidecar.Outcome) error
 	Leave(j *sidecar.Job, out *sidecar.Outcome, unseen bool)
 }

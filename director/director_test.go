@@ -48,6 +48,8 @@ func (s *scripted) DecodeAfter() bool                { return s.after }
 func (s *scripted) NeedsPrefill(*pool.Endpoint) bool { return false }
 func (s *scripted) Encodes() bool                    { return false }
 func (s *scripted) Pulls() bool                      { return false }
+func (s *scripted) EndsDecode(*sidecar.Outcome) bool { return false }
+
 func (s *scripted) Settle(_ context.Context, _ *sidecar.Job, out *sidecar.Outcome) error {
 	return s.settled(out)
 }

@@ -101,6 +101,12 @@ func (x *Exchange) Pending() <-chan struct{} {
 	return x.outcome.Pending()
 }
 
+// EndsWithPrefill reports whether a response that began must not go on if the prefill beside decode fails: such a prefill
+// runs, decode would wait for it in vain, and the response is a stream, whose head says nothing yet.
+func (x *Exchange) EndsWithPrefill() bool {
+	return x.req.Stream && x.director.opts.Orchestrator.EndsDecode(x.outcome) && x.Pending() != nil
+}
+
 // Settle takes over what the prefill beside decode came to, once Pending is closed. An error (*sidecar.PhaseError) means
 // that decode waits in vain: the client must be answered now. An outcome that changed is in the Answer, too.
 func (x *Exchange) Settle(ctx context.Context) error {

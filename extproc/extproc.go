@@ -61,6 +61,9 @@ type Options struct {
 	MaxBodyBytes int64
 	// OverrideTimeout is what a BUFFERED gateway is asked to wait for a prefill (disaggregation.budget).
 	OverrideTimeout func() time.Duration
+	// HoldResponse is how long the head of a response may wait for a prefill that still runs beside decode
+	// (disaggregation.holdResponse).
+	HoldResponse func() time.Duration
 	// IgnoreSubset is --disable-endpoint-subset-filter.
 	IgnoreSubset bool
 	Logger       *slog.Logger
@@ -84,8 +87,8 @@ type Server struct {
 
 // New checks that every collaborator is there.
 func New(o Options) (*Server, error) {
-	if o.Director == nil || o.Gate == nil || o.Logger == nil || o.Registerer == nil || o.OverrideTimeout == nil {
-		return nil, errors.New("extproc: Options: Director, Gate, OverrideTimeout, Logger and Registerer are required")
+	if o.Director == nil || o.Gate == nil || o.Logger == nil || o.Registerer == nil || o.OverrideTimeout == nil || o.HoldResponse == nil {
+		return nil, errors.New("extproc: Options: Director, Gate, OverrideTimeout, HoldResponse, Logger and Registerer are required")
 	}
 	if o.MaxBodyBytes <= 0 {
 		return nil, fmt.Errorf("limits.maxBodyBytes: %d, must be above 0", o.MaxBodyBytes)

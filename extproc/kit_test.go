@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,6 +42,7 @@ type kit struct {
 	registry *prometheus.Registry
 	records  chan *director.Record
 	gate     *admission.Gate
+	hold     atomic.Int64 // disaggregation.holdResponse, as a duration
 }
 
 type kitOptions struct {
@@ -82,6 +84,7 @@ func newKit(t *testing.T, o kitOptions) *kit {
 	k.gate = must(t)(admission.New(max(o.maxHeld, 1<<30*btoi(o.maxHeld == 0)))).(*admission.Gate)
 	k.server = must(t)(New(Options{
 		Director: d, Gate: k.gate, MaxBodyBytes: max(o.maxBody, 64<<20*btoi(o.maxBody == 0)), OverrideTimeout: func() time.Duration { return 121 * time.Second },
+		HoldResponse: func() time.Duration { return time.Duration(k.hold.Load()) },
 		IgnoreSubset: o.noSubset, Logger: log, Registerer: k.registry,
 	})).(*Server)
 	k.serve()

@@ -43,6 +43,8 @@ func (s *scripted) Encodes() bool { return false }
 
 func (s *scripted) Pulls() bool { return false }
 
+func (s *scripted) EndsDecode(*sidecar.Outcome) bool { return false }
+
 func (s *scripted) Settle(context.Context, *sidecar.Job, *sidecar.Outcome) error { return nil }
 func (s *scripted) Leave(*sidecar.Job, *sidecar.Outcome, bool)                   {}
 

@@ -10,8 +10,10 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	procv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_proc/v3"
+	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 
@@ -196,19 +198,11 @@ func TestPrefillBesideDecodeFailsLate(t *testing.T) {
 	for name, modes := range everyMode {
 		t.Run(name, func(t *testing.T) {
 			r := newRendezvous(t, sglang)
-			c := r.open()
-			streamed := []byte(strings.Replace(chat, "{", `{"stream":true,`, 1))
-			if modes[0] == modeBuffered {
-				c.send(first{modes: modesOf(modes[0], modes[1])}.message(t))
-				c.recv()
-				c.send(bodyMessage(streamed, true))
-				c.recv()
-				c.recv()
-			} else {
-				c.duplex(first{modes: modesOf(modes[0], modes[1])}, streamed)
-			}
-			<-r.begun
+			c := r.streamed(modes)
 			c.send(responseHeadersMessage("200", ""))
+			if modes[1] != modeNone { // a quiet gateway counts the wait, so the head goes on by itself
+				c.send(responseBodyMessage([]byte("data: {}\n\n"), false))
+			}
 			if c.recv().GetResponseHeaders() == nil {
 				t.Fatal("want the header answer")
 			}
@@ -220,6 +214,43 @@ func TestPrefillBesideDecodeFailsLate(t *testing.T) {
 			if grpcstatus.Code(err) != codes.Aborted {
 				t.Errorf("%v", err)
 			}
+			r.closed()
+			<-r.aborted
+		})
+	}
+}
+
+// streamed sends a streamed request whose prefill has begun.
+func (r *rendezvous) streamed(modes [2]procv3.ProcessingMode_BodySendMode) *call {
+	c := r.open()
+	body := []byte(strings.Replace(chat, "{", `{"stream":true,`, 1))
+	if modes[0] == modeBuffered {
+		c.send(first{modes: modesOf(modes[0], modes[1])}.message(r.t))
+		c.recv()
+		c.send(bodyMessage(body, true))
+		c.recv()
+		c.recv()
+	} else {
+		c.duplex(first{modes: modesOf(modes[0], modes[1])}, body)
+	}
+	<-r.begun
+	return c
+}
+
+// TestHeadOfAStreamWaitsForPrefill: decode sends its head at once, and a prefill that fails then is still a 502.
+func TestHeadOfAStreamWaitsForPrefill(t *testing.T) {
+	for name, modes := range everyMode {
+		t.Run(name, func(t *testing.T) {
+			r := newRendezvous(t, sglang)
+			r.hold.Store(int64(time.Minute))
+			c := r.streamed(modes)
+			c.send(responseHeadersMessage("200", ""))
+			r.say <- "500 {}"
+			m := c.recv().GetImmediateResponse()
+			if m.GetStatus().GetCode() != 502 {
+				t.Fatalf("want 502, got %v", m)
+			}
+			c.ended()
 			r.closed()
 			<-r.aborted
 		})
@@ -310,4 +341,8 @@ func TestDecodeRefuses(t *testing.T) {
 		}
 		r.told(false)
 	}
+}
+
+func responseBodyMessage(chunk []byte, over bool) *extprocv3.ProcessingRequest {
+	return &extprocv3.ProcessingRequest{Request: &extprocv3.ProcessingRequest_ResponseBody{ResponseBody: &extprocv3.HttpBody{Body: chunk, EndOfStream: over}}}
 }

@@ -151,7 +151,7 @@ func TestCachedTokensStay(t *testing.T) {
 		headers []string
 	}{
 		"aggregated":         {out: sidecar.Outcome{Name: "aggregated", CachedTokens: -1}},
-		"prefill fell back":  {out: sidecar.Outcome{Name: "fallback-timeout", CachedTokens: 16}},
+		"prefill fell back":  {out: sidecar.Outcome{Name: "fallback-timeout", HasHandle: true, CachedTokens: 16}},
 		"nothing is claimed": {out: sidecar.Outcome{Name: "disaggregated", CachedTokens: 16}},
 		"not said":           {out: claimed(-1)},
 		"prefill found more": {out: claimed(200)},

@@ -4,6 +4,7 @@ package extproc
 
 import (
 	"errors"
+	"time"
 
 	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
 	"google.golang.org/grpc/codes"
@@ -27,7 +28,13 @@ type received struct {
 // only the response headers and the end will come, the end of the server.
 func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 	arrived := st.receive()
+	var next []received // arrived while a response's head was held
 	return func() (*extprocv3.ProcessingRequest, error) {
+		if len(next) > 0 {
+			r := next[0]
+			next = next[1:]
+			return r.msg, r.err
+		}
 		var draining, cutting <-chan struct{}
 		if st.responseMode == modeNone {
 			cutting = st.server.cutting.Done()
@@ -38,6 +45,12 @@ func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 		for {
 			select {
 			case r := <-arrived:
+				if !good(r.msg.GetResponseHeaders()) || !st.exchange.EndsWithPrefill() {
+					return r.msg, r.err
+				}
+				if next = st.hold(arrived); st.response.failure != nil {
+					return nil, errSettled
+				}
 				return r.msg, r.err
 			case <-st.exchange.Pending():
 				if st.response.failure = st.exchange.Settle(st.grpc.Context()); st.response.failure != nil {
@@ -50,6 +63,34 @@ func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 			}
 		}
 	}
+}
+
+// good reports whether h is the head of a response that is no error.
+func good(h *extprocv3.HttpHeaders) bool {
+	status, _, _ := readResponse(h)
+	return status >= 200 && status < 300
+}
+
+// hold keeps the head of a streamed response back until the prefill beside decode is over: engines send it before they
+// have computed anything, and as long as it was not passed on, a prefill that fails is a 502. It gives up when the response
+// goes on, and, where the gateway counts how long it waits for the answer to the head, after Options.HoldResponse. It
+// returns what arrived meanwhile.
+func (st *stream) hold(arrived <-chan received) (next []received) {
+	var enough <-chan time.Time
+	if st.responseMode != modeDuplex {
+		timer := time.NewTimer(st.server.opts.HoldResponse())
+		defer timer.Stop()
+		enough = timer.C
+	}
+	select {
+	case <-st.exchange.Pending():
+		st.response.failure = st.exchange.Settle(st.grpc.Context())
+	case r := <-arrived:
+		next = append(next, r)
+	case <-enough:
+	case <-st.grpc.Context().Done():
+	}
+	return next
 }
 
 // receive hands over what Recv returns. The channel holds all that can come on a quiet stream, so the goroutine ends with

@@ -22,10 +22,10 @@ type usageEdit struct {
 }
 
 // Correct is Feed for a response on its way to the client. It returns what is to be sent on in place of chunk, and whether
-// that is something else than chunk itself: every usage.prompt_tokens_details.cached_tokens or input_tokens_details of one
-// result, of the object around it or not, that is above cached is overwritten by it and filled up with blanks, so that the
-// length of the whole stays the same. cached below 0 changes nothing. Where last is false, digits of such a count at the
-// chunk's end may be held back, 19 at most, and come first next time. A changed chunk is a copy.
+// that is anything but chunk itself. A count of cached prompt tokens (prompt_tokens_details.cached_tokens in usage, or
+// input_tokens_details.cached_tokens) that is above cached is overwritten by it and filled up with blanks, so the length of
+// the whole stays the same; cached below 0 changes nothing. Unless this is the last chunk, digits of such a count at its
+// end may be held back, 19 at most, and come first next time. A changed chunk is a copy.
 //
 // Anthropic's cache_read_input_tokens is left as it is: input_tokens does not include it, so both would have to change,
 // and the greater one need not fit where the smaller stood.

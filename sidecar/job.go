@@ -70,6 +70,7 @@ type Outcome struct {
 	leg      *leg                 // the prefill that runs, or ran, beside decode
 	beside   bool                 // decode counts on that leg
 	joined   bool                 // what the leg came to is in the outcome
+	vain     bool                 // decode waits for that leg in vain
 	lost     bool                 // nobody takes the blocks: counted, or cancelled in time
 	settled  bool                 // the transfer's end was noted
 	seen     bool                 // response headers came

@@ -223,7 +223,7 @@ func (r *run) retry() bool {
 func (r *run) deliver(ctx context.Context, a *attempt, res *result) {
 	r.take(a.e, a.x, res.answer.Handle)
 	out := r.out
-	out.HasHandle = a.wire.Claims && (res.answer.Handle != nil || a.x.Ticket != "")
+	out.HasHandle = a.wire.Claims
 	out.HandleUntil = res.answered.Add(r.s.HandleMaxAge)
 	out.PrefillTokens, out.CachedTokens = res.answer.PromptTokens, cached(&res.answer)
 	r.o.reach(ctx, out, PrefillComplete)

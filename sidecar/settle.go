@@ -15,8 +15,13 @@ import (
 	"github.com/baton-epp/baton/sidecar/connectors"
 )
 
-// abortTimeout bounds the request that ends a decode which waits in vain.
-const abortTimeout = 5 * time.Second
+const (
+	// abortAfter is how long the request that ends a decode waits, so that the gateway, which was told a moment ago, lets go
+	// of decode first: SGLang answers what is aborted with 200, which a client could take for the whole answer.
+	abortAfter = 200 * time.Millisecond
+	// abortTimeout bounds that request.
+	abortTimeout = 5 * time.Second
+)
 
 // The results of aborts.
 const (
@@ -32,9 +37,14 @@ func (out *Outcome) Pending() <-chan struct{} {
 	return out.leg.done
 }
 
+// EndsDecode reports whether decode waits in vain if the prefill beside it fails (connectors.Traits.EndsDecode).
+func (o *Orchestrator) EndsDecode(out *Outcome) bool {
+	return out != nil && out.leg != nil && out.leg.wire.EndsDecode
+}
+
 // Settle takes over into out what the prefill beside decode came to; called by the stream's goroutine once Pending is
-// closed. A *[PhaseError] or [ErrBudgetSpent] means that decode waits in vain: the decode endpoint was told to let go
-// where its engine needs that, and the client is to be answered now.
+// closed. A *[PhaseError] or [ErrBudgetSpent] means that decode waits in vain: the client is to be answered now, and the
+// stream to be ended. Leave then tells the decode endpoint to let go, where its engine needs that.
 func (o *Orchestrator) Settle(_ context.Context, j *Job, out *Outcome) error {
 	if !out.join() || out.leg.result.served() {
 		return nil
@@ -54,8 +64,7 @@ func (o *Orchestrator) Settle(_ context.Context, j *Job, out *Outcome) error {
 	case out.settled && !j.Request.Stream:
 		return nil // it has answered, so it had what it waited for
 	}
-	out.Name = ""
-	o.abort(l, out.decode) //nolint:contextcheck // outlives the stream, within a limit of its own
+	out.Name, out.vain = "", true
 	return l.failure()
 }
 
@@ -79,7 +88,7 @@ func (o *Orchestrator) Leave(_ *Job, out *Outcome, unseen bool) {
 		return
 	}
 	o.drop(out)
-	if out.beside && !out.seen && !l.result.served() {
+	if out.vain || out.beside && !out.seen && !l.result.served() {
 		o.abort(l, decode)
 	}
 }
@@ -144,6 +153,10 @@ func (o *Orchestrator) abort(l *leg, decode *pool.Endpoint) {
 		var body inference.Body
 		body.Append(text)
 		o.background.Go(func() {
+			select {
+			case <-time.After(abortAfter):
+			case <-o.closing.Done():
+			}
 			// The stream and its context may be over; this call has a limit of its own.
 			ctx, cancel := context.WithTimeout(context.Background(), abortTimeout)
 			defer cancel()

@@ -155,6 +155,9 @@ func (o *Orchestrator) Rank() int { return o.settings.Load().Prefill.Attempts + 
 // DecodeAfter reports whether decode endpoints are to be picked when the prefill is done (disaggregation.decodePick).
 func (o *Orchestrator) DecodeAfter() bool { return o.settings.Load().DecodePick == "after" }
 
+// HoldResponse is how long a response's head waits for a prefill beside decode (disaggregation.holdResponse).
+func (o *Orchestrator) HoldResponse() time.Duration { return o.settings.Load().HoldResponse }
+
 // Budget is the time that all phases before decode may take together (disaggregation.budget).
 func (o *Orchestrator) Budget() time.Duration { return o.settings.Load().Budget }
 

@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 	"errors"
+	"net/http"
+	"syscall"
 )
 
 func restartedFail(ctx context.Context, t *trial) error { return t.restarted(ctx) }
@@ -78,13 +80,20 @@ func noBlockIDs(ctx context.Context, t *trial) error {
 	}
 	handle := []byte(`{"do_remote_prefill":true}`)
 	_, err := t.decode.ask(ctx, t.completion(promptTokens).forDecode(handle))
-	is := "lives"
-	if poll(context.WithoutCancel(ctx), startLimit/10, func() bool { return !t.decode.healthy(ctx) }) {
-		is = "its process ended"
+	gone := func() bool {
+		resp, err := t.decode.do(ctx, http.MethodGet, "/health", nil)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return errors.Is(err, syscall.ECONNREFUSED)
 	}
-	t.add("decode server", is)
-	if err != nil && is == "lives" {
+	switch {
+	case poll(ctx, answerLimit, gone):
+		t.add("decode server", "its process ended")
+	case err != nil:
 		return err
+	default:
+		t.add("decode server", "lives")
 	}
 	return nil
 }

@@ -164,6 +164,8 @@ func share(pulled float64, prompt int) string {
 		return "nothing"
 	case pulled == float64(prompt):
 		return "the whole prompt"
+	case pulled > float64(prompt):
+		return "more than the prompt" // several answers pull for themselves what they do not find in the cache by then
 	}
 	return fmt.Sprintf("%v tokens of %d", pulled, prompt)
 }

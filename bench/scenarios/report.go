@@ -101,11 +101,16 @@ func cell(before *row, rows []row, i int) string {
 			other.Facts = append(other.Facts, f)
 		}
 	}
+	for _, f := range before.Facts {
+		if rows[i].fact(f.Of) == "" {
+			other.Facts = append(other.Facts, fact{f.Of, "none"})
+		}
+	}
 	switch {
-	case slices.Equal(rows[i].Facts, before.Facts):
-		return "the same"
-	case len(other.Facts) == 0:
+	case len(rows[i].Facts) == 0:
 		return rows[i].outcome()
+	case len(other.Facts) == 0:
+		return "the same"
 	}
 	return other.outcome()
 }

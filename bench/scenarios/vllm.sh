@@ -53,6 +53,7 @@ serve() {
 
 finish() {
   touch "$run/over"
+  exec 2>/dev/null # where bash would say of each server that it was killed
   for pid in "$run"/*.pid; do end "$pid"; done
   wait 2>/dev/null || true
   rm -rf "$run"

@@ -153,7 +153,8 @@ type Traits struct {
 	NeedsDecode bool
 	// Aggregates says that a decode endpoint does the prefill itself when it is told nothing.
 	Aggregates bool
-	// Claims says that blocks stay held at the prefill endpoint until the decode leg takes them, which it can once.
+	// Claims says that blocks stay held, at the prefill endpoint or in decode's receiver, until the decode leg takes them,
+	// which it can once.
 	Claims bool
 	// EndsDecode says that a decode whose prefill failed waits in vain and is ended at once; otherwise it helps itself.
 	EndsDecode bool

@@ -41,7 +41,7 @@ func registry() map[string]entry {
 		"trtllm":         {trtllm{}, Traits{Proven: fromSource, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: trtllmAPIs}},
 		"mooncake":       {mooncake{}, Traits{Proven: fromSource, Shape: Rendezvous, Aggregates: true, Claims: true, EndsDecode: true, Bars: every, APIs: openAI}},
 		"sglang":         {sglang{}, Traits{Proven: fromSource, Shape: Rendezvous, Claims: true, EndsDecode: true, OneChoice: true, Bars: sglangBars, APIs: sglangAPIs}},
-		"lmcache-pd":     {lmcachePD{}, Traits{Proven: unconfirmed, NeedsDecode: true, Aggregates: true, Bars: every, APIs: openAI}},
+		"lmcache-pd":     {lmcachePD{}, Traits{Proven: unconfirmed, NeedsDecode: true, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
 	}
 }
 
