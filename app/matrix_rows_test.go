@@ -109,11 +109,9 @@ func unmet(f *flavour, w want) want {
 		return w
 	}
 	cancelled := w
-	cancelled.reasons, cancelled.leaks, cancelled.expired = []string{"canceled"}, 0, 0
-	if !f.EndsDecode { // its blocks are parked without waiting for anybody
-		w.expired = 1
-		cancelled.expired = -2
-	}
+	// One that is over without decode, or was when it was cancelled, holds its blocks.
+	w.expired = -2
+	cancelled.reasons, cancelled.leaks, cancelled.expired = []string{"canceled"}, 0, -2
 	w.or = append(w.or, cancelled)
 	return w
 }

@@ -48,8 +48,11 @@ func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 				if !good(r.msg.GetResponseHeaders()) || !st.exchange.EndsWithPrefill() {
 					return r.msg, r.err
 				}
-				if next = st.hold(arrived); st.response.failure != nil {
+				switch next = st.hold(arrived); {
+				case st.response.failure != nil:
 					return nil, errSettled
+				case len(next) > 0 && next[0].err != nil: // nobody waits for the head any more
+					return nil, next[0].err
 				}
 				return r.msg, r.err
 			case <-st.exchange.Pending():
@@ -88,7 +91,6 @@ func (st *stream) hold(arrived <-chan received) (next []received) {
 	case r := <-arrived:
 		next = append(next, r)
 	case <-enough:
-	case <-st.grpc.Context().Done():
 	}
 	return next
 }

@@ -96,12 +96,14 @@ func (g *Gateway) Do(ctx context.Context, path string, body []byte, headers ...s
 func (g *Gateway) do(ctx context.Context, path string, body []byte, headers []string) (*Reply, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	streamCtx, endStream := context.WithCancel(ctx)
+	// A stream outlives its client by an orderly end: Envoy ends it with END_STREAM and a reset right behind it.
+	streamCtx, endStream := context.WithCancel(context.WithoutCancel(ctx))
 	defer endStream()
 	stream, err := g.client.Process(streamCtx)
 	if err != nil {
 		return nil, fmt.Errorf("ext_proc stream: %w", err)
 	}
+	defer func() { _ = stream.CloseSend() }() // fails only on a stream that has ended
 	x := &exchange{g: g, stream: stream, inbox: make(chan received, 1), ctx: ctx}
 	go x.receive(x.inbox)
 	header := http.Header{"Content-Type": {"application/json"}}
