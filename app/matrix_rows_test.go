@@ -187,6 +187,9 @@ func rows() []row {
 				return unmet(f, w)
 			},
 		},
+		{
+			name: "decode not reached", leaky: true, sections: calm, run: unreached,
+		},
 		{name: "pool empty", run: nobody},
 		{name: "no decode endpoint", run: noDecode},
 		{name: "too many bytes held", applies: serial, sections: "limits: {maxBodyBytes: 400, maxHeldBytes: 400}\n", run: overBudget},
@@ -358,6 +361,23 @@ func clientGoneDecoding(s *scenario) {
 		s.t.Errorf("reply %+v, error %v", r.reply, r.err)
 	}
 	s.leftWith(want{})
+}
+
+// unreached: nothing listens at the decode endpoints any more.
+func unreached(s *scenario) {
+	for _, e := range s.engines("decode") {
+		e.Kill()
+	}
+	w := want{status: 503, outcome: "disaggregated", reasons: []string{"ok"}}
+	if s.flavour.Claims {
+		w.leaks, w.expired = 1, 1
+	}
+	w = unmet(s.flavour, w)
+	if s.flavour.NeedsDecode { // the engine needs its receiver; which one may be left has no meaning here
+		w = want{status: 503, outcome: "fallback-status_5xx", reasons: []string{"status_5xx", "status_5xx"}}
+	}
+	r, err := s.do(s.t.Context())
+	s.check(r, err, w)
 }
 
 func nobody(s *scenario) {

@@ -3,7 +3,9 @@
 package app
 
 import (
+	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/baton-epp/baton/pool"
@@ -13,11 +15,12 @@ import (
 func TestSlotsAreForgottenEverywhere(t *testing.T) {
 	s := &stack{t: t, dir: t.TempDir()}
 	list := func(names ...string) {
-		text := "endpoints:\n"
+		var text strings.Builder
+		text.WriteString("endpoints:\n")
 		for _, name := range names {
-			text += "- {name: " + name + ", address: 127.0.0.1, port: " + map[string]string{"d": "1", "p": "2", "q": "3", "r": "4"}[name] + "}\n"
+			fmt.Fprintf(&text, "- {name: %s, address: 127.0.0.1, port: %s}\n", name, map[string]string{"d": "1", "p": "2", "q": "3", "r": "4"}[name])
 		}
-		replaceFile(t, s.endpointsFile(), text)
+		replaceFile(t, s.endpointsFile(), text.String())
 	}
 	list("d", "p", "q")
 	a := s.startPicker(func(o *Options) {

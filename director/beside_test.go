@@ -104,7 +104,7 @@ func TestPaceIsLearned(t *testing.T) {
 				for i := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
 					x.decision.Phase(scheduler.PhaseDecode).Ranked[i].UncachedTokens = 4096
 				}
-				x.ResponseHeaders(t.Context(), time.Now().Add(100*time.Millisecond), c.status, "")
+				x.ResponseHeaders(t.Context(), time.Now().Add(100*time.Millisecond), c.status, "", false)
 				x.Done(EndSeen)
 			}
 			if got := d.Pace.TokensPerSecond() > 0; got != c.computed {

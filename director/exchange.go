@@ -203,13 +203,17 @@ func (x *Exchange) fallbackList(send int) string {
 }
 
 // ResponseHeaders notes the first sign of the response: status, and who served ("" when the gateway does not say).
-func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status int, served string) {
+// undelivered says that the gateway made the response itself because the request reached no endpoint.
+func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status int, served string, undelivered bool) {
 	x.firstByte, x.status, x.served = now, status, served
 	x.decodeLoad.ReleaseTokens()
 	e := x.servedEndpoint()
-	if unread(status) {
+	switch {
+	case undelivered:
+		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "not_delivered")
+	case unread(status):
 		x.director.opts.Orchestrator.Abandon(ctx, &x.job, x.outcome, "refused")
-	} else {
+	default:
 		x.director.opts.Orchestrator.Transferred(ctx, x.outcome, e, status < 500)
 	}
 	if status >= 400 && x.Pending() != nil {

@@ -4,6 +4,7 @@ package extproc
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -82,6 +83,17 @@ func appendAddr(addrs []netip.AddrPort, text string) []netip.AddrPort {
 		return addrs
 	}
 	return append(addrs, netip.AddrPortFrom(a.Addr().Unmap(), a.Port()))
+}
+
+// readUndelivered reports whether the gateway says that it made the response itself because the request never reached
+// the endpoint: the attribute response.code_details, as Envoy 1.40 writes it. Without the attribute nothing is known.
+func readUndelivered(msg *extprocv3.ProcessingRequest) bool {
+	details := msg.GetAttributes()["envoy.filters.http.ext_proc"].GetFields()["response.code_details"].GetStringValue()
+	if reason, ok := strings.CutPrefix(details, "upstream_reset_before_response_started{"); ok {
+		return slices.ContainsFunc([]string{"remote_connection_failure", "local_connection_failure", "connection_timeout", "overflow"},
+			func(unreached string) bool { return strings.HasPrefix(reason, unreached) })
+	}
+	return details == "no_healthy_upstream" || details == "cluster_not_found"
 }
 
 // readServed reads who served: the metadata of P13, else the upstream address attribute.

@@ -96,7 +96,7 @@ func (st *stream) onResponseHeaders(msg *extprocv3.ProcessingRequest, h *extproc
 	if st.exchange == nil {
 		return responseHeadersPass
 	}
-	st.exchange.ResponseHeaders(st.grpc.Context(), time.Now(), status, readServed(msg))
+	st.exchange.ResponseHeaders(st.grpc.Context(), time.Now(), status, readServed(msg), readUndelivered(msg))
 	if h.GetEndOfStream() {
 		st.finish()
 	}

@@ -35,24 +35,12 @@ func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 			next = next[1:]
 			return r.msg, r.err
 		}
-		var draining, cutting <-chan struct{}
-		if st.responseMode == modeNone {
-			cutting = st.server.cutting.Done()
-			if st.response.headers {
-				draining = st.server.draining
-			}
-		}
+		draining, cutting := st.ends()
 		for {
 			select {
 			case r := <-arrived:
-				if !good(r.msg.GetResponseHeaders()) || !st.exchange.EndsWithPrefill() {
-					return r.msg, r.err
-				}
-				switch next = st.hold(arrived); {
-				case st.response.failure != nil:
-					return nil, errSettled
-				case len(next) > 0 && next[0].err != nil: // nobody waits for the head any more
-					return nil, next[0].err
+				if good(r.msg.GetResponseHeaders()) && st.exchange.EndsWithPrefill() {
+					r, next = st.withhold(r, arrived)
 				}
 				return r.msg, r.err
 			case <-st.exchange.Pending():
@@ -68,10 +56,35 @@ func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 	}
 }
 
+// ends are what ends a quiet stream from our side: the drain, once response headers were answered, and the cut. Streams
+// that show bodies run on.
+func (st *stream) ends() (draining, cutting <-chan struct{}) {
+	if st.responseMode != modeNone {
+		return nil, nil
+	}
+	if st.response.headers {
+		draining = st.server.draining
+	}
+	return draining, st.server.cutting.Done()
+}
+
 // good reports whether h is the head of a response that is no error.
 func good(h *extprocv3.HttpHeaders) bool {
 	status, _, _ := readResponse(h)
 	return status >= 200 && status < 300
+}
+
+// withhold says what to do with a response's head: pass it on, then what arrived meanwhile, or end the stream instead.
+func (st *stream) withhold(head received, arrived <-chan received) (now received, next []received) {
+	next = st.hold(arrived)
+	switch {
+	case st.response.failure != nil:
+		return received{err: errSettled}, nil
+	case len(next) > 0 && next[0].err != nil: // nobody waits for the head any more
+		return received{err: next[0].err}, nil
+	default:
+		return head, next
+	}
 }
 
 // hold keeps the head of a streamed response back until the prefill beside decode is over: engines send it before they

@@ -23,8 +23,9 @@ const (
 // Abandon is told that nobody claims out's prefill. Before Forward the decode request was not sent, and reason is
 // client_gone, no_decode or other: it counts the leaked prefill, once, and with reclaim: true sends the decode request
 // itself, cut to one token, so that the blocks are pulled and freed; it then waits for the answer, 5 s at most. After
-// Forward reason is not_sent (the answer to the gateway could not be delivered) or refused (the decode server answered
-// 401, 403, 404, 405 or 3xx, before it read the body): it only counts, once, since a handle leaves once and may have
+// Forward reason is not_sent (the answer to the gateway could not be delivered), not_delivered (the gateway did not reach
+// the decode endpoint) or refused (the decode server answered 401, 403, 404, 405 or 3xx, before it read the body): it only
+// counts, once, since a handle leaves once and may have
 // left; any other reason does nothing then, for the engines settle it. A prefill that still runs beside decode is
 // cancelled instead, which leaks nothing. A nil out does nothing.
 func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason string) {
@@ -32,8 +33,8 @@ func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason
 		return
 	}
 	if out.decode != nil {
-		if reason == leakNotSent || reason == leakRefused {
-			out.seen = out.seen || reason == leakRefused
+		if reason == leakNotSent || reason == leakRefused || reason == leakNotDelivered {
+			out.seen = out.seen || reason != leakNotSent
 			o.giveUp(out, reason)
 		}
 		return

@@ -18,17 +18,18 @@ const (
 
 // Why the blocks of a finished prefill can no longer be claimed: reasons of attempts, and these.
 const (
-	leakClientGone = "client_gone"
-	leakNoDecode   = "no_decode"
-	leakOther      = "other"
-	leakAnswerLost = "answer_lost" // the prefill answered 200, and the rest of the answer did not arrive
-	leakRefused    = "refused"     // the decode server answered before it read the body: 401, 403, 404, 405, 3xx
-	leakNotSent    = "not_sent"    // the answer to the gateway could not be delivered
+	leakClientGone   = "client_gone"
+	leakNoDecode     = "no_decode"
+	leakOther        = "other"
+	leakAnswerLost   = "answer_lost"   // the prefill answered 200, and the rest of the answer did not arrive
+	leakRefused      = "refused"       // the decode server answered before it read the body: 401, 403, 404, 405, 3xx
+	leakNotSent      = "not_sent"      // the answer to the gateway could not be delivered
+	leakNotDelivered = "not_delivered" // the gateway did not reach the decode endpoint
 )
 
 func leakReasons() []string {
 	return []string{
-		leakClientGone, leakNoDecode, leakOther, leakAnswerLost, leakRefused, leakNotSent, reasonTooLarge, reasonIncomplete,
+		leakClientGone, leakNoDecode, leakOther, leakAnswerLost, leakRefused, leakNotSent, leakNotDelivered, reasonTooLarge, reasonIncomplete,
 		reasonExpired, reasonUsed, reasonEngineMismatch, reasonDecodeChanged,
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 )
 
@@ -70,9 +71,14 @@ func (x *exchange) send(ctx context.Context, path string, p *pick) (*http.Respon
 
 // respond shows the picker the response and gives it to the client.
 func (x *exchange) respond(p *pick, a answered) (*Reply, error) {
+	details := "via_upstream"
 	if a.err != nil {
 		if x.ctx.Err() != nil {
 			return nil, context.Cause(x.ctx)
+		}
+		details = "upstream_reset_before_response_started{connection_termination}"
+		if op, ok := errors.AsType[*net.OpError](a.err); ok && op.Op == "dial" {
+			details = "upstream_reset_before_response_started{remote_connection_failure}"
 		}
 		a.resp = &http.Response{
 			StatusCode: http.StatusServiceUnavailable, Header: http.Header{"Content-Type": {"text/plain"}},
@@ -84,7 +90,7 @@ func (x *exchange) respond(p *pick, a answered) (*Reply, error) {
 	if x.g.opts.Unseen {
 		return reply, x.read(a.resp.Body, reply)
 	}
-	if err := x.stream.Send(responseHeaders(a.resp, p.destination)); err != nil && !errors.Is(err, io.EOF) {
+	if err := x.stream.Send(responseHeaders(a.resp, p.destination, details)); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("ext_proc response headers: %w", err)
 	}
 	msg, err := x.next()

@@ -44,8 +44,8 @@ func responseBody(chunk []byte, over bool) *extprocv3.ProcessingRequest {
 	}}
 }
 
-// responseHeaders shows status and content type, and who served.
-func responseHeaders(resp *http.Response, served string) *extprocv3.ProcessingRequest {
+// responseHeaders shows status and headers, who served, and how the response came about.
+func responseHeaders(resp *http.Response, served, details string) *extprocv3.ProcessingRequest {
 	h := &corev3.HeaderMap{Headers: []*corev3.HeaderValue{pair(":status", strconv.Itoa(resp.StatusCode))}}
 	for name, values := range resp.Header {
 		for _, v := range values {
@@ -54,6 +54,9 @@ func responseHeaders(resp *http.Response, served string) *extprocv3.ProcessingRe
 	}
 	return &extprocv3.ProcessingRequest{
 		Request: &extprocv3.ProcessingRequest_ResponseHeaders{ResponseHeaders: &extprocv3.HttpHeaders{Headers: h}},
+		Attributes: map[string]*structpb.Struct{
+			"envoy.filters.http.ext_proc": {Fields: map[string]*structpb.Value{"response.code_details": structpb.NewStringValue(details)}},
+		},
 		MetadataContext: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
 			extproc.NamespaceDestination: {Fields: map[string]*structpb.Value{extproc.KeyServed: structpb.NewStringValue(served)}},
 		}},
