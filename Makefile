@@ -8,6 +8,8 @@ DOCKER   ?= docker
 IMAGE    ?= baton:latest
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 30s
+# How long make soak runs, all wires together.
+SOAK     ?= 3m
 # Further flags of go test, for example: make test TESTFLAGS='-run Envoy -v' PKG=./extproc
 TESTFLAGS ?=
 PKG       ?= ./...
@@ -71,6 +73,11 @@ test: cc $(SUMMARY) ## every test, with the race detector and a real Envoy
 	  echo "Allocation ceilings, without the race detector, which allocates ..." >&2; \
 	  $(GO) test -json -run 'Alloc' $(PKG) || true; } | $(SUMMARY)
 
+.PHONY: soak
+soak: cc $(SUMMARY) ## thousands of requests while model servers die, hang and answer wrongly; SOAK (3m) is how long
+	@echo "Soaking every wire for $(SOAK) in all, with the race detector ..."
+	@{ BATON_SOAK=$(SOAK) CGO_ENABLED=1 $(GO) test -race -json -count=1 -timeout 60m -run '^TestSoak$$' ./app || true; } | $(SUMMARY)
+
 # The race detector links against the C library.
 .PHONY: cc
 cc:
@@ -85,6 +92,8 @@ fuzz: ## fuzz each target for FUZZTIME (30s)
 bench: build ## CPU, latency and memory against the no-op ext_proc floor, then the benchmarks
 	@echo "Comparing Baton with a no-op ext_proc server under load (some minutes; keep the machine quiet) ..."
 	@$(GO) run ./bench $(BENCHFLAGS)
+	@echo "Measuring what orchestration costs ..."
+	@$(GO) run ./bench orchestrate
 	@echo "Running the benchmarks of the packages ..."
 	@$(GO) test -run '^$$' -bench . -benchmem ./...
 

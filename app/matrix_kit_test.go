@@ -28,7 +28,6 @@ type flavour struct {
 	connector string // disaggregation.kvConnector
 	config    string // further settings of disaggregation
 	engine    func(o *simulate.Options)
-	encoders  bool // media go through encode endpoints
 	connectors.Traits
 }
 

@@ -123,8 +123,8 @@ func (p *process) pin(g *group, c *call, odd func(json.RawMessage) json.RawMessa
 func (p *process) expire(l *lease) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.leases[l.id] != l {
-		return
+	if p.leases[l.id] != l || p.front.isGone() {
+		return // read meanwhile, or of a process that is gone with its memory
 	}
 	if rest := time.Until(l.expires); rest > 0 {
 		l.timer.Reset(rest)

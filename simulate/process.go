@@ -228,3 +228,13 @@ func reset(c net.Conn) {
 	}
 	_ = c.Close() // as above
 }
+
+// isGone reports whether the process has ended. Only of a front.
+func (p *process) isGone() bool {
+	select {
+	case <-p.gone:
+		return true
+	default:
+		return false
+	}
+}

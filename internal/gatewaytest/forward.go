@@ -19,18 +19,18 @@ type answered struct {
 }
 
 // forward sends the request to the endpoint and shows the picker the response.
-func (x *exchange) forward(path string, p *pick) (*Reply, error) {
-	ctx, cancel := context.WithCancel(x.ctx)
+func (x *exchange) forward(ctx context.Context, path string, p *pick) (*Reply, error) {
+	call, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if x.g.opts.Resend {
-		if resp, err := x.send(ctx, path, p); err == nil {
+		if resp, err := x.send(call, path, p); err == nil {
 			_, _ = io.Copy(io.Discard, resp.Body) // whatever came, it is sent again
 			_ = resp.Body.Close()
 		}
 	}
 	upstream := make(chan answered, 1)
 	go func() {
-		resp, err := x.send(ctx, path, p)
+		resp, err := x.send(call, path, p) //nolint:bodyclose // closed by whoever takes it from the channel
 		upstream <- answered{resp, err}
 	}()
 	select {
@@ -45,10 +45,10 @@ func (x *exchange) forward(path string, p *pick) (*Reply, error) {
 			return reply, nil
 		}
 		return nil, fmt.Errorf("while the model server was waited for: message %T, error %w", r.msg.GetResponse(), r.err)
-	case <-x.ctx.Done():
+	case <-ctx.Done():
 		cancel()
 		discard(<-upstream)
-		return nil, context.Cause(x.ctx)
+		return nil, context.Cause(ctx)
 	}
 }
 

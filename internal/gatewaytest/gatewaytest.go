@@ -121,7 +121,7 @@ func (g *Gateway) do(ctx context.Context, path string, body []byte, headers []st
 		endStream() // by a reset, as Envoy was seen to do
 		x.inbox = nil
 	}
-	return x.forward(path, pick)
+	return x.forward(ctx, path, pick)
 }
 
 // exchange is one request.
