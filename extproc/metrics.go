@@ -38,7 +38,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		m.refusals.WithLabelValues(statuses[i].reason)
 	}
 	m.refusals.WithLabelValues(internal.reason)
-	m.refusals.WithLabelValues(phaseFailed.reason)
+	m.refusals.WithLabelValues(prefillFailed.reason)
+	m.refusals.WithLabelValues(encodeFailed.reason)
 	ends := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "baton_extproc_stream_ends_total", Help: "Answered streams by what the gateway let us see of the response's end: bodies, end, none.",
 	}, []string{"visibility"})

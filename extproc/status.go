@@ -51,8 +51,11 @@ var statuses = []struct {
 	{sidecar.ErrLooped, status{code: 508, reason: "loop-detected", kind: "BadRequestError", anthropic: "invalid_request_error"}},
 }
 
-// phaseFailed answers a *sidecar.PhaseError.
-var phaseFailed = status{code: 502, reason: "prefill-failed", kind: "BadGatewayError", anthropic: "api_error", hide: true}
+// prefillFailed and encodeFailed answer a *sidecar.PhaseError.
+var (
+	prefillFailed = status{code: 502, reason: "prefill-failed", kind: "BadGatewayError", anthropic: "api_error", hide: true}
+	encodeFailed  = status{code: 502, reason: "encode-failed", kind: "BadGatewayError", anthropic: "api_error", hide: true}
+)
 
 // internal answers whatever the table does not know.
 var internal = status{code: 500, reason: "internal-error", kind: "InternalServerError", anthropic: "api_error", hide: true}
@@ -64,8 +67,11 @@ func statusOf(err error) status {
 			return statuses[i].status
 		}
 	}
-	if _, ok := errors.AsType[*sidecar.PhaseError](err); ok {
-		return phaseFailed
+	if phase, ok := errors.AsType[*sidecar.PhaseError](err); ok {
+		if phase.Phase == scheduler.PhaseEncode {
+			return encodeFailed
+		}
+		return prefillFailed
 	}
 	return internal
 }

@@ -74,7 +74,10 @@ func TestStatusOfWrappedErrors(t *testing.T) {
 			t.Errorf("%v: status %d %s, want %d %s", row.err, got.code, got.reason, row.code, row.reason)
 		}
 	}
-	if got := statusOf(fmt.Errorf("decode: %w", &sidecar.PhaseError{Endpoint: "10.0.0.7:8000"})); got != phaseFailed {
+	if got := statusOf(&sidecar.PhaseError{Phase: scheduler.PhaseEncode}); got != encodeFailed {
+		t.Errorf("an encode phase that failed: %+v", got)
+	}
+	if got := statusOf(fmt.Errorf("decode: %w", &sidecar.PhaseError{Phase: scheduler.PhasePrefill, Endpoint: "10.0.0.7:8000"})); got != prefillFailed {
 		t.Errorf("a phase error is answered %d %s", got.code, got.reason)
 	}
 	if got := statusOf(errors.New("anything")); got != internal {
