@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/sidecar"
 )
 
