@@ -133,6 +133,14 @@ func rows() []row {
 		{name: "prefill redirects", faults: first(simulate.Fault{Kind: "status", Status: 307}), want: mended("malformed")},
 		{name: "prefill hangs", timeout: "1s", faults: first(simulate.Fault{Kind: "hang"}), want: mended("timeout")},
 		{name: "prefill answers no JSON", faults: first(simulate.Fault{Kind: "status", Status: 200, Body: "<html>"}), want: mended("malformed")},
+		{name: "prefill says error inside a 200", leaky: true, faults: first(simulate.Fault{Kind: "finish_error"}), want: func(f *flavour) want {
+			w := mended("engine_error")(f)
+			w.expired = -2 // what an engine in trouble keeps, nobody outside knows
+			for i := range w.or {
+				w.or[i].expired = -2
+			}
+			return w
+		}},
 		{
 			name: "prefill 400", faults: always(simulate.Fault{Kind: "status", Status: 400}), want: usedUp("rejected", 1),
 		},

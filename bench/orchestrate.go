@@ -90,12 +90,16 @@ func orchestrateCommand(ctx context.Context, args []string, stdout, stderr io.Wr
 }
 
 func (o *orchestration) run(ctx context.Context, stdout, progress io.Writer) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
 	dir, err := os.MkdirTemp("", "baton-bench-")
 	if err != nil {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	o.suite = &suite{opts: &options{Baton: o.baton}, dir: dir, progress: progress, launcher: launcher{}}
+	o.suite = &suite{opts: &options{Baton: o.baton}, dir: dir, progress: progress, launcher: launcher{self: self}}
 	if err := o.suite.build(ctx); err != nil {
 		return err
 	}

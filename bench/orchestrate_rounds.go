@@ -29,6 +29,12 @@ func (o *orchestration) compare(ctx context.Context, r *orchestrated) error {
 		return err
 	}
 	defer without.stop()
+	// What any ext_proc server adds on this machine, and costs: one that picks at random and does nothing else.
+	floor, err := o.suite.startBase(ctx, o.decoders)
+	if err != nil {
+		return err
+	}
+	defer floor.stop()
 	hand := &byHand{o: o, up: &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true}}
 	for i := range o.rounds {
 		o.suite.say("round %d of %d ...", i+1, o.rounds)
@@ -44,7 +50,16 @@ func (o *orchestration) compare(ctx context.Context, r *orchestrated) error {
 		if err != nil {
 			return fmt.Errorf("without prefill: %w", err)
 		}
+		alone, err := o.paced(ctx, hand.decode)
+		if err != nil {
+			return fmt.Errorf("decode by hand: %w", err)
+		}
+		base, baseCPU, err := o.through(ctx, floor)
+		if err != nil {
+			return fmt.Errorf("floor: %w", err)
+		}
 		r.add(byHand, orchestrated, cpu, plain)
+		r.addFloor(alone, base, baseCPU)
 	}
 	return nil
 }
@@ -67,7 +82,7 @@ func (o *orchestration) through(ctx context.Context, on *server) (times []time.D
 			return err
 		case reply.Status != http.StatusOK:
 			return fmt.Errorf("status %d: %s", reply.Status, reply.Body)
-		case reply.Header.Get("x-baton-outcome") != map[string]string{"orchestrate": "disaggregated", "off": "aggregated"}[on.label]:
+		case on.label != labelFloor && reply.Header.Get("x-baton-outcome") != map[string]string{"orchestrate": "disaggregated", "off": "aggregated"}[on.label]:
 			return fmt.Errorf("outcome %q", reply.Header.Get("x-baton-outcome"))
 		}
 		return nil
@@ -136,6 +151,12 @@ func (h *byHand) do(ctx context.Context, n int, body []byte) error {
 		return fmt.Errorf("decode: %w", err)
 	}
 	return nil
+}
+
+// decode makes the decode call alone.
+func (h *byHand) decode(ctx context.Context, n int, body []byte) error {
+	_, err := h.post(ctx, h.o.decoders[n%2], body)
+	return err
 }
 
 func (h *byHand) post(ctx context.Context, host string, body []byte) ([]byte, error) {

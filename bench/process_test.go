@@ -121,7 +121,7 @@ func newBaton(tb testing.TB, n int) *extproc.Server {
 	check(err)
 	server, err := extproc.New(extproc.Options{
 		Director: d, Gate: gate, MaxBodyBytes: 64 << 20, OverrideTimeout: func() time.Duration { return time.Minute },
-		Logger: logger, Registerer: registry,
+		HoldResponse: o.HoldResponse, Logger: logger, Registerer: registry,
 	})
 	check(err)
 	return server

@@ -119,7 +119,13 @@ func TestSpanEdits(t *testing.T) {
 		e.ReplaceSpan(Span{-1, 3}, nil)
 		e.AddMember(Span{-3, 9}, "u", nil)
 	}, text)
-	f("kept", func(e *Edits) { e.Set("a", []byte(`0`)); e.Remove("b"); e.Keep("a"); e.Keep("b"); e.Keep("zz") }, text)
+	f("kept", func(e *Edits) {
+		e.Set("a", []byte(`0`))
+		e.Remove("b")
+		e.Restore("a")
+		e.Restore("b")
+		e.Restore("zz")
+	}, text)
 	f("spans kept", func(e *Edits) {
 		e.ReplaceSpan(inner, nil)
 		e.AddMember(part, "u", nil)

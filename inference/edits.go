@@ -69,12 +69,6 @@ func (e *Edits) SetSampling(field string, jsonValue []byte) {
 // RemoveSampling removes all occurrences of a field of sampling_params.
 func (e *Edits) RemoveSampling(field string) { e.change(&e.sampling, field, nil) }
 
-// Keep undoes what Set and Remove did to a top-level field.
-func (e *Edits) Keep(field string) {
-	e.built = false
-	e.top = slices.DeleteFunc(e.top, func(x edit) bool { return x.name == field })
-}
-
 // KeepSpans undoes what ReplaceSpan and AddMember did.
 func (e *Edits) KeepSpans() {
 	e.built = false

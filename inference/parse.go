@@ -163,7 +163,7 @@ func (p *parser) record(o *object, n name, start int) {
 }
 
 // readSampling reads an object of sampling parameters. SGLang also takes a list of them, one per prompt, in which only
-// transfer fields matter.
+// transfer fields and the number of choices matter.
 func (p *parser) readSampling() {
 	scan := &p.req.scan
 	p.sampling = [scalars]token{}
@@ -176,15 +176,19 @@ func (p *parser) readSampling() {
 	case '[':
 		before := p.sparse
 		p.sparse = true
+		var n token // SGLang wants the same of all
 		p.list(func() {
 			if p.peek() != '{' {
 				p.value()
 				return
 			}
 			p.samplingObject()
+			if !absent(p.sampling[choices]) {
+				n = p.sampling[choices]
+			}
 			p.sampling = [scalars]token{}
 		})
-		p.sparse = before
+		p.sparse, p.sampling[choices] = before, n
 	default:
 		p.value()
 	}

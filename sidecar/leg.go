@@ -157,11 +157,11 @@ func (l *leg) then(f func()) {
 	f()
 }
 
-// served reports whether the prefill endpoint did its part. On a wire whose decode does not wait for the answer, an
-// answer that cannot be used is one, too.
+// served reports whether the prefill endpoint did its part and has the blocks. On a wire whose decode does not wait for
+// the answer, an answer that cannot be used is one, too.
 func (r *result) served() bool {
 	switch r.reason {
-	case reasonOK, reasonComplete, reasonMissing, reasonIncomplete, reasonTooLarge:
+	case reasonOK, reasonMissing, reasonIncomplete, reasonTooLarge:
 		return true
 	default:
 		return false

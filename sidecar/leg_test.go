@@ -152,6 +152,7 @@ func TestLegFailsAfterForward(t *testing.T) {
 		{"404 {}", "not_found", 404},
 		{"200 <html>", "malformed", 200},
 		{`200 {"abort"}`, "engine_error", 200},
+		{`200 {"ended by itself"}`, "complete", 200},
 		{"reset", "reset", 0},
 	} {
 		t.Run(c.reason, func(t *testing.T) {

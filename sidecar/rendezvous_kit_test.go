@@ -33,6 +33,8 @@ func (meeting) Answer(_ *connectors.Exchange, answer []byte) connectors.Answer {
 		panic("a connector's bug")
 	case bytes.Contains(answer, []byte("abort")):
 		return connectors.Answer{Verdict: connectors.Failed, CachedTokens: -1}
+	case bytes.Contains(answer, []byte("ended by itself")):
+		return connectors.Answer{Verdict: connectors.Complete, CachedTokens: -1}
 	case !bytes.HasPrefix(answer, []byte("{")):
 		return connectors.Answer{Verdict: connectors.Malformed, CachedTokens: -1}
 	}

@@ -47,13 +47,31 @@ func read(answer []byte) (r reading, settled bool) {
 	if usage.CachedTokens > 0 {
 		r.CachedTokens = usage.CachedTokens // wherever the API says it
 	}
-	// Engines have been seen to report errors in a 200: as finish reason, or as the error object of their API.
-	if r.finish == "error" || r.finish == "failed" || startsWith(r.object, r.found[answerError], '{') ||
-		text(r.object, r.found[answerObject]) == `"error"` {
+	// Engines report errors in a 200, too: as the error object of their API, or as finish reason.
+	if gaveUp(r.finish) || startsWith(r.object, r.found[answerError], '{') || text(r.object, r.found[answerObject]) == `"error"` {
 		r.Verdict = Failed
 		return r, true
 	}
 	return r, false
+}
+
+// gaveUp reports whether a finish reason says that the engine did not do what it was asked for: error and abort are
+// vLLM's and SGLang's words, timeout and cancelled TensorRT-LLM's, failed and cancelled those of Responses.
+func gaveUp(finish string) bool {
+	switch finish {
+	case "error", "abort", "timeout", "cancelled", "failed":
+		return true
+	}
+	return false
+}
+
+// endedByItself reports whether a finish reason says that generation ended with the first token, and not at its limit.
+func endedByItself(finish string) bool {
+	switch finish {
+	case "stop", "end_turn", "stop_sequence", "tool_calls", "tool_use", "completed":
+		return true
+	}
+	return false
 }
 
 // member returns the raw value of a member of the answer, nil when it is not there.

@@ -224,7 +224,7 @@ func TestTRTLLMHandle(t *testing.T) {
 func TestCachedTokens(t *testing.T) {
 	f := func(usage string, want int64) {
 		t.Helper()
-		a := sharedStorage{}.Answer(nil, []byte(`{"usage":`+usage+`}`))
+		a := sharedStorage{}.Answer(between(&inference.Request{}), []byte(`{"usage":`+usage+`}`))
 		if a.CachedTokens != want {
 			t.Errorf("%s: %d, want %d", usage, a.CachedTokens, want)
 		}
@@ -250,5 +250,69 @@ func TestCachedTokens(t *testing.T) {
 	a := nixlv2{}.Answer(between(&inference.Request{}), []byte(`{"kv_transfer_params":`+handle[:len(handle)-1]+`,"remote_prefill_cached_tokens":16}}`))
 	if a.Verdict != Ready || a.CachedTokens != 16 {
 		t.Errorf("by the handle: %+v", a)
+	}
+}
+
+// TestCachedTokensOfOlderEngines takes a usage without details for none cached, if the handle is of an engine that gives
+// them only where something was (vLLM before remote_prefill_cached_tokens).
+func TestCachedTokensOfOlderEngines(t *testing.T) {
+	const params = `"do_remote_prefill":true,"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.7","remote_port":5600`
+	f := func(usage, more string, want int64) {
+		t.Helper()
+		a := nixlv2{}.Answer(between(&inference.Request{}), []byte(" {"+usage+`"kv_transfer_params":{`+params+more+"}} "))
+		if a.Verdict != Ready || a.CachedTokens != want {
+			t.Errorf("%s %s: %+v, want %d cached", usage, more, a, want)
+		}
+	}
+	const flat, grouped, push = `,"remote_block_ids":[3, 4]`, `,"remote_block_ids":[ [3,4]]`, `,"transfer_mode":"push"`
+	f(`"usage":{"prompt_tokens":41},`, flat, 0)
+	f(`"usage":{"prompt_tokens":41,"prompt_tokens_details":null},`, flat, 0)
+	f(`"usage":{"input_tokens":41,"output_tokens":1},`, flat, 0)
+	f(`"usage":{"prompt_tokens":41,"prompt_tokens_details":null},`, `,"remote_block_ids":[]`, 0)
+	f(`"usage":{"prompt_tokens":41,"prompt_tokens_details":{"cached_tokens":32}},`, flat, 32)
+	f(`"usage":{"prompt_tokens":41,"prompt_tokens_details":{"cached_tokens":null}},`, flat, -1)
+	f(`"usage":{"input_tokens":41,"input_tokens_details":{}},`, flat, -1)
+	f(`"usage":null,`, flat, -1)
+	f(``, flat, -1)
+	f(`"usage":{"prompt_tokens":41},`, grouped, -1)
+	f(`"usage":{"prompt_tokens":41},`, push, -1)
+	f(`"usage":{"prompt_tokens":41},`, flat+`,"remote_prefill_cached_tokens":null`, -1)
+	f(`"usage":{"prompt_tokens":41},`, flat+`,"remote_prefill_cached_tokens":16`, 16)
+}
+
+// TestEngineGaveUp takes what an engine did not finish for no prefill, on every wire.
+func TestEngineGaveUp(t *testing.T) {
+	for name, e := range registry() {
+		f := verdicts(t, e.connector, client(t, "chat"))
+		for _, finish := range []string{"error", "abort", "timeout", "cancelled"} {
+			f(name+" "+finish, `{"choices":[{"finish_reason":"`+finish+`"}],"kv_transfer_params":`+handle+`}`, Failed)
+		}
+		f(name+" cancelled response", `{"object":"response","status":"cancelled","kv_transfer_params":`+handle+`}`, Failed)
+	}
+}
+
+// TestMooncakeAnswer knows that the blocks of an answer which ended by itself are not there (vLLM MooncakeConnector
+// request_finished).
+func TestMooncakeAnswer(t *testing.T) {
+	f := verdicts(t, mooncake{}, client(t, "chat"))
+	f("cut off", `{"choices":[{"finish_reason":"length"}]}`, Ready)
+	f("cut off, Messages", `{"stop_reason":"max_tokens"}`, Ready)
+	f("cut off, Responses", `{"object":"response","status":"incomplete"}`, Ready)
+	f("stopped", `{"choices":[{"finish_reason":"stop"}]}`, Complete)
+	f("stopped, Messages", `{"stop_reason":"end_turn"}`, Complete)
+	f("stopped, Responses", `{"object":"response","status":"completed"}`, Complete)
+}
+
+// TestSharedStorageOfSGLang takes the list with which SGLang answers a list of one prompt.
+func TestSharedStorageOfSGLang(t *testing.T) {
+	r := parse(t, inference.SGLangGenerate, []byte(`{"text":["x"],"sampling_params":[{"max_new_tokens":4000,"n":2}]}`))
+	x, body := between(r), stripped(r)
+	sharedStorage{}.Prefill(x, body)
+	if got, want := string(written(t, body)), `{"text":["x"],"sampling_params":{"max_new_tokens":1},"stream":false}`; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	a := sharedStorage{}.Answer(x, []byte(`[{"text":"","meta_info":{"finish_reason":{"type":"length"},"prompt_tokens":41,"cached_tokens":32}}]`))
+	if a.Verdict != Ready || a.PromptTokens != 41 || a.CachedTokens != 32 {
+		t.Errorf("%+v", a)
 	}
 }

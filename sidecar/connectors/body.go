@@ -9,8 +9,12 @@ import (
 	"github.com/baton-epp/baton/inference"
 )
 
-// transferField is where vLLM reads and writes handles.
-const transferField = "kv_transfer_params"
+const (
+	// transferField is where vLLM reads and writes handles.
+	transferField = "kv_transfer_params"
+	// samplingField holds most parameters of Generate and SGLangGenerate.
+	samplingField = "sampling_params"
+)
 
 // OneToken caps body to a single token in a single, unstreamed answer, in the words of r's API; nothing that changes
 // the prompt is touched. It is what every wire's prefill leg starts from.
@@ -23,6 +27,10 @@ func OneToken(r *inference.Request, body *inference.Edits) {
 		oneSampled(r, body, "max_tokens", "min_tokens")
 		return
 	case inference.SGLangGenerate:
+		if isList(r, samplingField) { // one per prompt; one object for all does as well
+			body.Set(samplingField, []byte(`{"max_new_tokens":1}`))
+			return
+		}
 		oneSampled(r, body, "max_new_tokens", "min_new_tokens")
 		return
 	case inference.Responses:
@@ -42,8 +50,20 @@ func OneToken(r *inference.Request, body *inference.Edits) {
 	}
 }
 
-// oneSampled does the same inside sampling_params, whose limits are called most and least. SGLang's list of them, one
-// per prompt, stays as it is.
+// oneTokenExactly is [OneToken] for engines that let go of the blocks of an answer which ended before its limit: asked
+// for at least one token, they draw no end of text for the first, and heed no stop. Responses and Messages cannot ask.
+func oneTokenExactly(r *inference.Request, body *inference.Edits) {
+	OneToken(r, body)
+	switch r.API {
+	case inference.Chat, inference.Completions:
+		body.Set("min_tokens", []byte("1"))
+	case inference.Generate:
+		body.SetSampling("min_tokens", []byte("1"))
+	default:
+	}
+}
+
+// oneSampled does the same inside sampling_params, whose limits are called most and least.
 func oneSampled(r *inference.Request, body *inference.Edits, most, least string) {
 	body.SetSampling(most, []byte("1"))
 	body.RemoveSampling(least)
@@ -81,6 +101,12 @@ func hasField(r *inference.Request, field string) bool {
 	return !e.Empty()
 }
 
+// isList reports whether the client sent a list in a top-level field.
+func isList(r *inference.Request, field string) bool {
+	value, ok := r.Field(field)
+	return ok && r.Body.Slice(value).Chunks[0][0] == '['
+}
+
 // extraArgs returns the client's sampling_params.extra_args without transfer fields, nil when there is no such object.
 // The body is copied only where there is one, which real clients do not send.
 func extraArgs(r *inference.Request) []byte {
@@ -91,7 +117,7 @@ func extraArgs(r *inference.Request) []byte {
 	}
 	e = r.Edit()
 	e.StripTransferFields()
-	params, _, err := inference.Field(bytes.Join(e.Chunks(), nil), "sampling_params")
+	params, _, err := inference.Field(bytes.Join(e.Chunks(), nil), samplingField)
 	if err != nil || len(params) == 0 || params[0] != '{' {
 		return nil
 	}

@@ -35,5 +35,5 @@ func TestOneToken(t *testing.T) {
 		`{"text":"x","sampling_params":{"max_new_tokens":1,"n":1,"max_tokens":5},"stream":false}`)
 	f(inference.SGLangGenerate, `{"text":"x"}`, `{"text":"x","stream":false,"sampling_params":{"max_new_tokens":1}}`)
 	f(inference.SGLangGenerate, `{"text":["x","y"],"sampling_params":[{"max_new_tokens":9},{}],"stream":true}`,
-		`{"text":["x","y"],"sampling_params":[{"max_new_tokens":9},{}],"stream":false}`)
+		`{"text":["x","y"],"sampling_params":{"max_new_tokens":1},"stream":false}`)
 }

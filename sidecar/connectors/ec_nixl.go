@@ -160,6 +160,9 @@ func embedsPart(kind string, handle, uuid []byte, key string) []byte {
 		metadata = memberOf(handle[entry.Start:entry.End], "metadata")
 		entries++
 	}
+	if uuid != nil && !isText(string(uuid)) { // null or no name: the engine would hash the media, which would be gone
+		return nil
+	}
 	if entries != 1 || len(metadata) == 0 || metadata[0] != '{' || len(bytes.TrimSpace(metadata[1:])) == 1 {
 		return nil
 	}

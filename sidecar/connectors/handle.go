@@ -114,11 +114,7 @@ func areBlockIDs(value string) bool {
 // withoutHandle tells an answer that needs no handle from one that should have had it. Older vLLM hold blocks only
 // for an answer cut off by its limit: one that stopped by itself carries no handle.
 func withoutHandle(r *inference.Request, finish string) Verdict {
-	switch finish {
-	case "stop", "end_turn", "stop_sequence", "tool_calls", "tool_use", "completed":
-		return Complete
-	}
-	if r.MaxTokens == 1 {
+	if endedByItself(finish) || r.MaxTokens == 1 {
 		return Complete
 	}
 	return Missing

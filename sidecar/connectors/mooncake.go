@@ -19,6 +19,9 @@ import (
 // decode finds the prefill engine by itself: it asks the bootstrap server of the prefill endpoint for the address of the
 // engine whose id it was given, and that id changes with every start of the engine. Blocks that nobody fetches are held
 // for 480 s (VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT); a decode whose prefill never comes waits 30 s and more.
+//
+// What was prefilled can be fetched once: of several choices (n > 1), each of which fetches for itself, the later ones
+// wait in vain, and Traits.OneChoice keeps them away. And it is there only where the answer was cut off by its limit.
 type mooncake struct{}
 
 // What a bootstrap server may answer; the longest of real ones is about 300 bytes for each rank.
@@ -74,7 +77,7 @@ func mooncakeRanks(facts []byte) ([]mooncakeRank, error) {
 }
 
 func (mooncake) Prefill(x *Exchange, body *inference.Edits) {
-	OneToken(x.Request, body)
+	oneTokenExactly(x.Request, body)
 	x.Ticket, x.Rank = "xfer-"+newUUID(), -1
 	if ranks, err := mooncakeRanks(x.Facts); err == nil {
 		x.Rank = chooseRank(ranks, x.Prefiller, x.Ticket)
@@ -93,9 +96,13 @@ func chooseRank(ranks []mooncakeRank, e *pool.Endpoint, ticket string) int {
 	return ranks[int(h.Sum32()%uint32(len(ranks)))].rank //nolint:gosec // maxRanks
 }
 
-// Answer does not look at the answer except for errors.
+// Answer says [Complete] where generation ended by itself, for then the engine let go of the blocks, and decode waits in
+// vain.
 func (mooncake) Answer(_ *Exchange, answer []byte) Answer {
-	r, _ := read(answer)
+	r, settled := read(answer)
+	if !settled && endedByItself(r.finish) {
+		r.Verdict = Complete
+	}
 	return r.Answer
 }
 

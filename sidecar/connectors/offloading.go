@@ -13,6 +13,8 @@ import (
 // the prompt's blocks under it and names nobody; decode gets the prefiller's address and fetches them. Any order of
 // the legs is correct, yet decode's fetch fails 30 s after it began, queueing at the prefill endpoint included: hence
 // Serial, as llm-d has it by now, and Overlaps. Blocks that nobody fetches are dropped 60 s after they were stored.
+// Several choices (n > 1) are kept away by Traits.OneChoice: the engines keep one fetch for each id, and the first choice
+// to end cancels those of the others.
 //
 // Either leg, or a request that decode serves alone, can also fetch the cached part of its prompt from a third
 // endpoint, as remote_kv_source. A miss there is computed locally.

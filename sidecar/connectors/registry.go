@@ -36,10 +36,10 @@ func registry() map[string]entry {
 	return map[string]entry{
 		"nixlv2":         {nixlv2{}, Traits{Proven: realEngine, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
 		"shared-storage": {sharedStorage{}, Traits{Proven: fromSource, Aggregates: true, Bars: every &^ howTokensAreDrawn, APIs: withSGLang}},
-		"offloading":     {offloading{}, Traits{Proven: fromSource, Overlaps: true, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
-		"moriio":         {moriio{}, Traits{Proven: unconfirmed, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"offloading":     {offloading{}, Traits{Proven: fromSource, Overlaps: true, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: openAI}},
+		"moriio":         {moriio{}, Traits{Proven: unconfirmed, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: openAI}},
 		"trtllm":         {trtllm{}, Traits{Proven: fromSource, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: trtllmAPIs}},
-		"mooncake":       {mooncake{}, Traits{Proven: fromSource, Shape: Rendezvous, Aggregates: true, Claims: true, EndsDecode: true, Bars: every, APIs: openAI}},
+		"mooncake":       {mooncake{}, Traits{Proven: fromSource, Shape: Rendezvous, Aggregates: true, Claims: true, EndsDecode: true, OneChoice: true, Bars: every, APIs: openAI}},
 		"sglang":         {sglang{}, Traits{Proven: fromSource, Shape: Rendezvous, Claims: true, EndsDecode: true, OneChoice: true, Bars: sglangBars, APIs: sglangAPIs}},
 		"lmcache-pd":     {lmcachePD{}, Traits{Proven: unconfirmed, NeedsDecode: true, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
 	}

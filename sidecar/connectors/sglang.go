@@ -29,6 +29,13 @@ type sglang struct{}
 // sglangFields are what both legs carry, all of it the router's.
 var sglangFields = []string{"bootstrap_host", "bootstrap_port", "bootstrap_room"}
 
+// sglangPrefillRank tells decode at which data-parallel rank the prefill endpoint has the blocks. Without it the engines
+// agree on one by the room; a client's would send decode to another, or to one that is not there.
+const sglangPrefillRank = "disagg_prefill_dp_rank"
+
+// sglangRanks are the fields by which a client could send the prefill leg to another rank than the room's.
+var sglangRanks = []string{sglangPrefillRank, "routed_dp_rank", "data_parallel_rank"}
+
 // maxRooms bounds the rooms of a batch that are listed. For a longer one the engine counts up from the first by itself.
 const maxRooms = 1024
 
@@ -43,6 +50,9 @@ func (sglang) Prefill(x *Exchange, body *inference.Edits) {
 	body.Set("stream", []byte("false"))
 	body.Remove("stream_options")
 	// The number of choices stays: both legs need the same.
+	for _, field := range sglangRanks {
+		body.Remove(field)
+	}
 	if x.Request.API == inference.SGLangGenerate {
 		body.SetSampling("max_new_tokens", one)
 		body.RemoveSampling("min_new_tokens")
@@ -57,20 +67,51 @@ func (sglang) Prefill(x *Exchange, body *inference.Edits) {
 	rendezvous(x, body)
 }
 
-// sglangTicket mints a request id and the rooms, separated by spaces.
+// sglangTicket mints a request id and, after a space, the room or, for prompts in a list, the list of their rooms.
 func sglangTicket(r *inference.Request) string {
-	rooms := 1
-	if r.Prompts <= maxRooms {
-		rooms = max(1, r.Prompts)
-	}
 	var nonce [8]byte
 	_, _ = rand.Read(nonce[:]) // never fails
 	ticket := append([]byte(sglangRequestID(r.ID)), '-')
-	ticket = hex.AppendEncode(ticket, nonce[:])
-	for _, room := range newRooms(rooms) {
-		ticket = strconv.AppendInt(append(ticket, ' '), room, 10)
+	ticket = append(hex.AppendEncode(ticket, nonce[:]), ' ')
+	if r.Prompts > maxRooms || !isBatch(r) {
+		return string(strconv.AppendInt(ticket, newRooms(1)[0], 10))
 	}
-	return string(ticket)
+	separator := byte('[')
+	for _, room := range newRooms(r.Prompts) {
+		ticket = strconv.AppendInt(append(ticket, separator), room, 10)
+		separator = ','
+	}
+	return string(append(ticket, ']'))
+}
+
+// isBatch reports whether the prompts come in a list. It may be one of one prompt: SGLang would number a single request
+// id, and find none to abort by it.
+func isBatch(r *inference.Request) bool {
+	if r.Prompts > 1 {
+		return true
+	}
+	switch r.API {
+	case inference.Completions:
+		return listsPrompts(r, "prompt")
+	case inference.SGLangGenerate:
+		return listsPrompts(r, "text") || listsPrompts(r, "input_ids")
+	default:
+		return false
+	}
+}
+
+// listsPrompts tells a list of prompts, strings or lists themselves, from one prompt as token ids.
+func listsPrompts(r *inference.Request, field string) bool {
+	if !isList(r, field) {
+		return false
+	}
+	value, _ := r.Field(field)
+	for _, chunk := range r.Body.Slice(inference.Span{Start: value.Start + 1, End: value.End}).Chunks {
+		if chunk = bytes.TrimLeft(chunk, " \t\r\n"); len(chunk) > 0 {
+			return chunk[0] == '"' || chunk[0] == '['
+		}
+	}
+	return false
 }
 
 // sglangRequestID makes a client's request id fit to be part of a name.
@@ -115,9 +156,9 @@ func rendezvous(x *Exchange, body *inference.Edits) {
 	host := strconv.Quote(hostOf(x.Prefiller))
 	at := strconv.Itoa(port(x.Prefiller, BootstrapPortLabel, x.Ports.SGLang))
 	rid = strconv.Quote(rid)
-	if n := 1 + strings.Count(rooms, " "); n > 1 {
+	if rooms[0] == '[' {
+		n := 1 + strings.Count(rooms, ",")
 		rid = rids(rid, n)
-		rooms = "[" + strings.ReplaceAll(rooms, " ", ",") + "]"
 		host, at = repeated(host, n), repeated(at, n)
 	}
 	body.Set("bootstrap_host", []byte(host))
@@ -176,19 +217,20 @@ func sglangAnswer(answer []byte) Answer {
 	if meta := memberOf(r.object, "meta_info"); meta != nil {
 		r.CachedTokens = natural(string(memberOf(meta, "cached_tokens")))
 	}
-	if r.finish == "abort" {
-		r.Verdict = Failed
-	}
 	return r.Answer
 }
 
-func (sglang) Decode(x *Exchange, _ []byte, body *inference.Edits) { rendezvous(x, body) }
+func (sglang) Decode(x *Exchange, _ []byte, body *inference.Edits) {
+	body.Remove(sglangPrefillRank)
+	rendezvous(x, body)
+}
 
 func (sglang) Withdraw(_ *Exchange, body *inference.Edits) {
 	for _, field := range sglangFields {
 		body.Remove(field)
 	}
-	body.Keep("rid")
+	body.Restore("rid")
+	body.Restore(sglangPrefillRank)
 }
 
 // Abort names nothing when there is no ticket: an empty request id is the beginning of all of them.

@@ -28,7 +28,7 @@ const (
 // not depend on it, and decode's body is the client's. What stays: echo and prompt_logprobs, since no engine has the
 // logits of tokens whose blocks it loaded; truncation of any kind, as what is cut off may depend on the leg's token
 // limit, and the blocks would be those of another prompt; previous_response_id, which only one engine knows; and
-// several prompts, because SGLang's list of sampling parameters, one per prompt, cannot be capped to one token.
+// several prompts, of which one answer says too little.
 type sharedStorage struct{}
 
 func (sharedStorage) Prefill(x *Exchange, body *inference.Edits) {
@@ -36,8 +36,11 @@ func (sharedStorage) Prefill(x *Exchange, body *inference.Edits) {
 	computeAll(x.Request, body)
 }
 
-// Answer does not look at the answer except for errors.
-func (sharedStorage) Answer(_ *Exchange, answer []byte) Answer {
+// Answer does not look at the answer except for errors. SGLang answers a list of prompts, even of one, with a list.
+func (sharedStorage) Answer(x *Exchange, answer []byte) Answer {
+	if x.Request.API == inference.SGLangGenerate {
+		return sglang{}.Answer(x, answer)
+	}
 	r, _ := read(answer)
 	return r.Answer
 }
