@@ -158,10 +158,17 @@ func Check(file string) (resolved []byte, warnings []string, err error) {
 	return resolved, append(c.Warnings, warnings...), err
 }
 
-// inFile names the configuration in an error that does not.
+// inFile names the configuration in an error, or in each of a list, that does not.
 func inFile(file string, err error) error {
 	if err == nil || file == "" || strings.HasPrefix(err.Error(), file) {
 		return err
+	}
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		var named []error
+		for _, e := range all.Unwrap() {
+			named = append(named, inFile(file, e))
+		}
+		return errors.Join(named...)
 	}
 	return fmt.Errorf("%s: %w", file, err)
 }

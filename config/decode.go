@@ -181,7 +181,11 @@ func (d *decoder) decodeMap(n *node, v reflect.Value, path, opts string) {
 		return
 	}
 	if n.kind != kindMapping {
-		d.add(n.line, path, "must be a mapping, is %s", describe(n))
+		want := "a mapping"
+		if strings.Contains(opts, "orstring") {
+			want = "a name or a mapping"
+		}
+		d.add(n.line, path, "must be %s, is %s", want, describe(n))
 		return
 	}
 	out := reflect.MakeMapWithSize(t, len(n.keys))

@@ -3,12 +3,15 @@
 package director
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"testing"
 	"time"
 
+	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/sidecar"
 )
@@ -57,6 +60,36 @@ func TestSettledOutcome(t *testing.T) {
 	}
 }
 
+// broken panics when the request is about to leave.
+type broken struct{ *scripted }
+
+func (broken) Forward(context.Context, *sidecar.Job, *sidecar.Outcome, *pool.Endpoint) error {
+	panic("a connector's bug")
+}
+
+// TestPanicBeforeTheAnswer: the blocks of a prefill that was for nothing are given up, and the load is given back.
+func TestPanicBeforeTheAnswer(t *testing.T) {
+	o := &scripted{}
+	b := newBench(t, o)
+	b.d.opts.Orchestrator = broken{o}
+	o.outcome = prefilled(b)
+	before := loads(b.snapshot)
+	var body inference.Body
+	body.Append([]byte(`{"model":"m","prompt":"x"}`))
+	x, err := b.d.Begin(&Incoming{Headers: inference.Headers{{Name: ":path", Value: "/v1/completions"}, {Name: ":method", Value: "POST"}}, Body: body, HasBody: true, Start: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	func() {
+		defer func() { _ = recover() }()
+		_, _ = x.Run(t.Context())
+	}()
+	x.Done(EndUnanswered)
+	if fmt.Sprint(o.abandoned) != "[other]" || loads(b.snapshot) != before {
+		t.Errorf("abandoned %v, loads %s, before %s", o.abandoned, loads(b.snapshot), before)
+	}
+}
+
 // TestPrefillLoadIsTheOrchestrators: a prefill that outlives the stream goes on counting.
 func TestPrefillLoadIsTheOrchestrators(t *testing.T) {
 	o := &scripted{}
@@ -73,18 +106,24 @@ func TestPrefillLoadIsTheOrchestrators(t *testing.T) {
 	}
 }
 
-// TestPaceIsLearned from the first byte of streams: of a prompt that was fetched, and of one that was computed.
+// TestPaceIsLearned from the first event of streams: of a prompt that was fetched, and of one that was computed. Their
+// head comes before anything was done.
 func TestPaceIsLearned(t *testing.T) {
 	for _, c := range []struct {
 		name             string
 		stream, handle   bool
 		status           int
+		events           bool // the gateway shows them
+		api              inference.API
 		computed, pulled bool
 	}{
-		{"streamed, aggregated", true, false, http.StatusOK, true, false},
-		{"streamed, with a handle", true, true, http.StatusOK, false, true},
-		{"not streamed", false, false, http.StatusOK, false, false},
-		{"an error", true, false, http.StatusBadRequest, false, false},
+		{"streamed, aggregated", true, false, http.StatusOK, true, inference.Chat, true, false},
+		{"streamed, with a handle", true, true, http.StatusOK, true, inference.Chat, false, true},
+		{"the head only", true, false, http.StatusOK, false, inference.Chat, false, false},
+		{"the head only, with a handle", true, true, http.StatusOK, false, inference.Chat, false, false},
+		{"events before the first token", true, false, http.StatusOK, true, inference.Responses, false, false},
+		{"not streamed", false, false, http.StatusOK, true, inference.Chat, false, false},
+		{"an error", true, false, http.StatusBadRequest, true, inference.Chat, false, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			o := &scripted{}
@@ -100,11 +139,14 @@ func TestPaceIsLearned(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				x.req.Stream = c.stream
+				x.req.Stream, x.req.API = c.stream, c.api
 				for i := range x.decision.Phase(scheduler.PhaseDecode).Ranked {
 					x.decision.Phase(scheduler.PhaseDecode).Ranked[i].UncachedTokens = 4096
 				}
-				x.ResponseHeaders(t.Context(), time.Now().Add(100*time.Millisecond), c.status, "", false)
+				x.ResponseHeaders(t.Context(), time.Now().Add(time.Millisecond), c.status, "", false)
+				if c.events {
+					x.BodyBegins(time.Now().Add(100 * time.Millisecond))
+				}
 				x.Done(EndSeen)
 			}
 			if got := d.Pace.TokensPerSecond() > 0; got != c.computed {

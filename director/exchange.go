@@ -219,7 +219,6 @@ func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status in
 	if status >= 400 && x.Pending() != nil {
 		x.director.opts.Orchestrator.Leave(&x.job, x.outcome, false) // decode takes no blocks any more
 	}
-	x.learnPace(e, now)
 	switch {
 	case e == nil:
 	case status >= 500:
@@ -230,6 +229,9 @@ func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status in
 		e.Health.Succeed()
 	}
 }
+
+// BodyBegins notes the first bytes of the response's body, where the gateway shows them as they come.
+func (x *Exchange) BodyBegins(now time.Time) { x.learnPace(x.servedEndpoint(), now) }
 
 // unread reports whether a status comes from before the body is looked at, so that nobody claims a KV handle in it:
 // redirects, no such route or method, no permission.
@@ -258,6 +260,7 @@ func (x *Exchange) servedEndpoint() *pool.Endpoint {
 // ForgetBody drops the request's bytes: once it was sent on, only ids and counters are kept while the response runs.
 func (x *Exchange) ForgetBody() {
 	x.req.Body, x.edits, x.job.Body = inference.Body{}, nil, nil
+	x.outcome.ForgetBody()
 }
 
 // CachedTokens is how many of the prompt's tokens the prefill found in its cache, for the client to be told instead of what
@@ -283,9 +286,12 @@ func (x *Exchange) Done(end End) {
 	now := time.Now()
 	x.prefillLoad.Release()
 	x.decision.Phase(scheduler.PhaseEncode).Reservation.Release()
-	if end == EndUnanswered && x.answered {
+	switch {
+	case end == EndUnanswered && x.answered:
 		x.answered = false // the answer was made and could not be sent
 		x.director.opts.Orchestrator.Abandon(context.Background(), &x.job, x.outcome, "not_sent")
+	case end == EndUnanswered && x.err == nil: // a panic before the answer was made
+		x.director.opts.Orchestrator.Abandon(context.Background(), &x.job, x.outcome, "other")
 	}
 	x.director.opts.Orchestrator.Leave(&x.job, x.outcome, end == EndUnseen)
 	if end == EndUnseen && x.answered {

@@ -37,11 +37,12 @@ func (d *Director) learn(x *Exchange, now time.Time) {
 	}
 }
 
-// learnPace takes from the first byte of a stream how fast the decode endpoint gets there: by computing the prompt, or by
-// fetching its KV blocks. An answer that is not streamed says nothing of that, nor does one that waited for a prefill
-// beside it.
+// learnPace takes from the first event of a stream how fast the decode endpoint gets there: by computing the prompt, or by
+// fetching its KV blocks. The stream's head says nothing of that, since engines send it before they schedule the request;
+// of Responses the first events, too. Nor does an answer that is not streamed, or one that waited for a prefill beside it.
 func (x *Exchange) learnPace(served *pool.Endpoint, now time.Time) {
-	if x.done || !x.req.Stream || x.status != http.StatusOK || served == nil || served.State != x.decode.State || x.outcome.Overlaps() {
+	if x.done || !x.req.Stream || x.req.API == inference.Responses || x.status != http.StatusOK || served == nil ||
+		served.State != x.decode.State || x.outcome.Overlaps() {
 		return
 	}
 	took := now.Sub(x.start) - x.decided

@@ -93,7 +93,7 @@ func readUndelivered(msg *extprocv3.ProcessingRequest) bool {
 		return slices.ContainsFunc([]string{"remote_connection_failure", "local_connection_failure", "connection_timeout", "overflow"},
 			func(unreached string) bool { return strings.HasPrefix(reason, unreached) })
 	}
-	return details == "no_healthy_upstream" || details == "cluster_not_found"
+	return false // no_healthy_upstream too may follow a delivery, where a gateway retries
 }
 
 // readServed reads who served: the metadata of P13, else the upstream address attribute.

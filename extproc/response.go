@@ -105,6 +105,9 @@ func (st *stream) onResponseHeaders(msg *extprocv3.ProcessingRequest, h *extproc
 
 func (st *stream) onResponseBody(b *extprocv3.HttpBody) *extprocv3.ProcessingResponse {
 	st.response.messages++
+	if st.response.bytes == 0 && len(b.GetBody()) > 0 && st.responseMode != modeBuffered && st.exchange != nil {
+		st.exchange.BodyBegins(time.Now())
+	}
 	st.response.bytes += len(b.GetBody())
 	body, changed := b.GetBody(), false
 	if st.response.scanning {

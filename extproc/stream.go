@@ -240,8 +240,7 @@ func (st *stream) refuse(err error) error {
 
 // recovered answers a panic of ours or of a plugin: 500 where an answer is still possible, the stack in the log.
 func (st *stream) recovered(cause any, stack []byte) error {
-	st.server.metrics.panics.Inc()
-	st.server.log.Error("panic while handling a request", slog.Any("err", cause), slog.String("stack", string(stack)))
+	st.panicked(cause, stack)
 	switch {
 	case st.immediate || (st.requestOver && st.responseMode == modeNone):
 		return nil
@@ -251,6 +250,11 @@ func (st *stream) recovered(cause any, stack []byte) error {
 	default:
 		return st.refuse(errPanic)
 	}
+}
+
+func (st *stream) panicked(cause any, stack []byte) {
+	st.server.metrics.panics.Inc()
+	st.server.log.Error("panic while handling a request", slog.Any("err", cause), slog.String("stack", string(stack)))
 }
 
 // close gives back whatever the stream still holds, however it ended.

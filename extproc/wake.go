@@ -4,6 +4,7 @@ package extproc
 
 import (
 	"errors"
+	"runtime/debug"
 	"time"
 
 	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
@@ -44,7 +45,7 @@ func (st *stream) wakefulRecv() func() (*extprocv3.ProcessingRequest, error) {
 				}
 				return r.msg, r.err
 			case <-st.exchange.Pending():
-				if st.response.failure = st.exchange.Settle(st.grpc.Context()); st.response.failure != nil {
+				if st.response.failure = st.settle(); st.response.failure != nil {
 					return nil, errSettled
 				}
 			case <-draining:
@@ -89,8 +90,8 @@ func (st *stream) withhold(head received, arrived <-chan received) (now received
 
 // hold keeps the head of a streamed response back until the prefill beside decode is over: engines send it before they
 // have computed anything, and as long as it was not passed on, a prefill that fails is a 502. It gives up when the response
-// goes on, and, where the gateway counts how long it waits for the answer to the head, after Options.HoldResponse. It
-// returns what arrived meanwhile.
+// goes on, at the end of the server, and, where the gateway counts how long it waits for the answer to the head, after
+// Options.HoldResponse. It returns what arrived meanwhile.
 func (st *stream) hold(arrived <-chan received) (next []received) {
 	var enough <-chan time.Time
 	if st.responseMode != modeDuplex {
@@ -100,12 +101,25 @@ func (st *stream) hold(arrived <-chan received) (next []received) {
 	}
 	select {
 	case <-st.exchange.Pending():
-		st.response.failure = st.exchange.Settle(st.grpc.Context())
+		st.response.failure = st.settle()
 	case r := <-arrived:
 		next = append(next, r)
 	case <-enough:
+	case <-st.server.cutting.Done():
 	}
 	return next
+}
+
+// settle takes over what the prefill beside decode came to. A panic of its connector is a failure, too: decode waits in
+// vain, and the stream must not just end, by which a quiet gateway would let the response go on.
+func (st *stream) settle() (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			st.panicked(r, debug.Stack())
+			err = errPanic
+		}
+	}()
+	return st.exchange.Settle(st.grpc.Context())
 }
 
 // receive hands over what Recv returns. The channel holds all that can come on a quiet stream, so the goroutine ends with

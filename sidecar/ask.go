@@ -31,11 +31,7 @@ func (r *run) ask(ctx context.Context) (enough bool, err error) {
 	}
 	r.wire.Withdraw(x, r.j.Body) // whatever the answer, decode is not to ask itself again
 	start, e, phase := time.Now(), r.j.Decode, scheduler.PhaseDecode
-	r.o.metrics.inFlight.WithLabelValues(phase.String()).Inc()
-	own, cancel := context.WithTimeoutCause(ctx, r.s.Prefill.Timeout, errPhaseTimeout)
-	res := r.question(own, asker, x, call{path: enginePath(r.j.Request.API), id: r.j.Request.ID, body: body, attempt: 1})
-	cancel()
-	r.o.metrics.inFlight.WithLabelValues(phase.String()).Dec()
+	res := r.question(ctx, asker, x, call{path: enginePath(r.j.Request.API), id: r.j.Request.ID, body: body, attempt: 1})
 	r.o.metrics.attempts.WithLabelValues(phase.String(), res.reason).Inc()
 	r.out.Attempts = append(r.out.Attempts, Attempt{
 		Phase: phase, Endpoint: e, Number: 1, Status: res.status, Reason: res.reason, Start: start, Duration: time.Since(start),
@@ -50,6 +46,10 @@ func (r *run) ask(ctx context.Context) (enough bool, err error) {
 // question sends the question and reads the answer.
 func (r *run) question(ctx context.Context, asker connectors.Asker, x *connectors.Exchange, c call) result {
 	phase := scheduler.PhaseDecode.String()
+	r.o.metrics.inFlight.WithLabelValues(phase).Inc()
+	defer r.o.metrics.inFlight.WithLabelValues(phase).Dec()
+	ctx, cancel := context.WithTimeoutCause(ctx, r.s.Prefill.Timeout, errPhaseTimeout)
+	defer cancel()
 	slots, err := r.o.peers.slot(ctx, r.j.Decode, r.s.Prefill.MaxConcurrentPerEndpoint)
 	if err != nil {
 		return result{reason: reasonOfEnd(err, reasonSaturated), err: err}

@@ -270,6 +270,9 @@ func (f *fanOut) close() {
 	m.WithLabelValues(itemSkipped).Add(float64(f.enc.skipped))
 	m.WithLabelValues(itemFailed).Add(float64(f.failed))
 	f.o.metrics.heldBytes.Sub(float64(f.held))
+	for i := range f.enc.items {
+		f.enc.items[i].body = inference.Body{} // the client's bytes, which are not to live as long as the response
+	}
 	for _, e := range f.encoders {
 		f.out.addEncoder(e)
 	}

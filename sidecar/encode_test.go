@@ -299,3 +299,25 @@ func TestEncodes(t *testing.T) {
 		}
 	}
 }
+
+// TestEncodedMediaIsNotKept: a response may take minutes, in which the client's bytes and the handles are of no use.
+func TestEncodedMediaIsNotKept(t *testing.T) {
+	r := newEncodeRig(newRig(t, nil))
+	encoders := list(r.encodeServer("e0", nil))
+	d := r.add("d", "decode", "10.9.9.9:8000")
+	j := r.encodeJob(images("a", "b"), d, encoders, list(r.server("p", answer(goodAnswer))))
+	out := r.run(j)
+	if out.encoding == nil {
+		t.Fatal("nothing was encoded")
+	}
+	for i := range out.encoding.items {
+		if body := out.encoding.items[i].body; body.Len != 0 || body.Chunks != nil {
+			t.Errorf("item %d keeps %d bytes", i, body.Len)
+		}
+	}
+	out.ForgetBody()
+	if out.encoding != nil {
+		t.Error("the handles are kept")
+	}
+	(*Outcome)(nil).ForgetBody()
+}

@@ -39,11 +39,11 @@ func (a *attempt) introduce(ctx context.Context) *result {
 	if !ok {
 		return nil
 	}
+	port, path := wire.Introduce(a.x) // first, since a panic below would leave others waiting
 	known, first := a.o.peers.introduction(a.e)
 	if first {
 		// Others may be waiting for the same answer: it must not end with this request.
 		detached := context.WithoutCancel(ctx)
-		port, path := wire.Introduce(a.x)
 		a.o.background.Go(func() { a.o.inquire(detached, known, a.e, port, path, wire) })
 	}
 	select {

@@ -80,6 +80,13 @@ type Outcome struct {
 // one besides or afterwards.
 func (out *Outcome) Bound() bool { return out.HasHandle || out.beside || out.Fixed() }
 
+// ForgetBody drops what was needed for the bodies of the request's legs; called when all of them were sent.
+func (out *Outcome) ForgetBody() {
+	if out != nil {
+		out.encoding = nil
+	}
+}
+
 // Fixed reports whether the prefill was made for the decode endpoint that Run was told of.
 func (out *Outcome) Fixed() bool { return out.Delivered() && out.wire.NeedsDecode }
 

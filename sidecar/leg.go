@@ -21,6 +21,10 @@ import (
 	"github.com/baton-epp/baton/sidecar/connectors"
 )
 
+// rejectedFor is how long a decode that would wait in vain is left alone after its prefill was rejected: it is about to
+// reject the request, too, and its words are for the client.
+const rejectedFor = time.Second
+
 // leg is a prefill that runs beside decode, on wires whose engines meet while both run. Its goroutine never touches job
 // or outcome, which belong to the stream's: what it came to waits in result and record. It holds its endpoint's slot and
 // load until its end, and outlives the stream's context: cancel, its limits and Orchestrator.Close end it.
@@ -89,6 +93,7 @@ func (l *leg) run(ctx context.Context, r *run) {
 		l.o.metrics.checkpoints.WithLabelValues(PrefillComplete.String()).Inc()
 		trace.SpanFromContext(ctx).AddEvent(PrefillComplete.String())
 	}
+	l.leaveWord(ctx)
 	l.mu.Lock()
 	l.over = true
 	after := l.after
@@ -98,6 +103,24 @@ func (l *leg) run(ctx context.Context, r *run) {
 		f()
 	}
 	close(l.done)
+}
+
+// leaveWord lets decode answer a request that prefill has rejected.
+func (l *leg) leaveWord(ctx context.Context) {
+	select {
+	case <-l.sent:
+	default:
+		return // decode does not have it
+	}
+	if l.result.reason != reasonRejected || !l.wire.EndsDecode {
+		return
+	}
+	timer := time.NewTimer(rejectedFor)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }
 
 // guarded keeps a panic for the stream's goroutine; here it would end the process.

@@ -238,6 +238,11 @@ func (r *run) deliver(ctx context.Context, a *attempt, res *result) {
 
 // accompany lets decode go on beside the leg, which is on its way.
 func (r *run) accompany(l *leg) {
+	defer func() {
+		if r.out.leg == nil { // a connector panicked, and nobody else knows of the leg
+			l.cancel(context.Canceled)
+		}
+	}()
 	r.take(l.e, &l.given, nil)
 	r.out.HasHandle, r.out.beside, r.out.leg = l.wire.Claims, true, l
 	r.out.HandleUntil = l.sentAt.Add(r.s.HandleMaxAge)

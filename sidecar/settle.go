@@ -6,7 +6,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"time"
 
 	"github.com/baton-epp/baton/inference"
@@ -51,6 +53,7 @@ func (o *Orchestrator) Settle(_ context.Context, j *Job, out *Outcome) error {
 	}
 	l := out.leg
 	if l.panicked != nil {
+		out.vain = l.wire.EndsDecode
 		panic(l.panicked) //nolint:forbidigo // of a connector: for who guards the stream's goroutine
 	}
 	out.HasHandle, out.beside = false, false
@@ -146,27 +149,40 @@ func (o *Orchestrator) abort(l *leg, decode *pool.Endpoint) {
 		return
 	}
 	l.aborted.Do(func() {
-		path, text := aborter.Abort(l.x)
-		if path == "" {
-			return
-		}
-		var body inference.Body
-		body.Append(text)
 		o.background.Go(func() {
 			select {
 			case <-time.After(abortAfter):
 			case <-o.closing.Done():
 			}
-			// The stream and its context may be over; this call has a limit of its own.
-			ctx, cancel := context.WithTimeout(context.Background(), abortTimeout)
-			defer cancel()
 			result := abortFailed
-			if o.told(l.s, o.post(ctx, l.s, &l.job, decode, call{path: path, id: l.job.Request.ID, body: parts{body}, attempt: 1})) {
-				result = abortOK
-			}
-			o.metrics.aborts.WithLabelValues(result).Inc()
+			defer func() {
+				if p := recover(); p != nil { // of a connector: it would end the process
+					o.log.Error("panic in an abort", slog.Any("err", p), slog.String("stack", string(debug.Stack())))
+				}
+				if result != "" {
+					o.metrics.aborts.WithLabelValues(result).Inc()
+				}
+			}()
+			result = o.letGo(l, aborter, decode)
 		})
 	})
+}
+
+// letGo sends the request that ends a decode; "" where there is nothing to send.
+func (o *Orchestrator) letGo(l *leg, aborter connectors.Aborter, decode *pool.Endpoint) (result string) {
+	path, text := aborter.Abort(l.x)
+	if path == "" {
+		return ""
+	}
+	var body inference.Body
+	body.Append(text)
+	// The stream and its context may be over; this call has a limit of its own.
+	ctx, cancel := context.WithTimeout(context.Background(), abortTimeout)
+	defer cancel()
+	if o.told(l.s, o.post(ctx, l.s, &l.job, decode, call{path: path, id: l.job.Request.ID, body: parts{body}, attempt: 1})) {
+		return abortOK
+	}
+	return abortFailed
 }
 
 // told sends a request whose answer says nothing but its status.

@@ -88,9 +88,9 @@ func (ecNixl) Splice(x *Encoding, handles [][]byte, consumer bool, body *inferen
 	body.Remove(embeddingField)
 	merged := merger{out: []byte("{"), seen: map[string]bool{}}
 	uuids := map[string]string{} // by key: what the first item of that content has
-	for i := range min(len(handles), len(x.Request.Media)) {
+	for i, handle := range handles[:min(len(handles), len(x.Request.Media))] {
 		frame, ok := partFrame(x.Request, i)
-		if handles[i] == nil || !ok || !merged.add(handles[i]) {
+		if handle == nil || !ok || !merged.add(handle) {
 			continue
 		}
 		part, uuid := x.Request.Media[i].Part, sentUUID(frame)
@@ -102,7 +102,7 @@ func (ecNixl) Splice(x *Encoding, handles [][]byte, consumer bool, body *inferen
 		// Items of one content are encoded once, under the uuid of the first: one that the client named otherwise would
 		// not be found.
 		if x.Lean && first == string(uuid) {
-			if embeds := embedsPart(x.Request.Media[i].Kind, handles[i], uuid, x.Keys[i]); embeds != nil {
+			if embeds := embedsPart(x.Request.Media[i].Kind, handle, uuid, x.Keys[i]); embeds != nil {
 				body.ReplaceSpan(part, embeds)
 				continue
 			}

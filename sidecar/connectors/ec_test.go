@@ -329,3 +329,19 @@ func FuzzItem(f *testing.F) {
 		}
 	})
 }
+
+// TestLeanKeepsUnnamedMedia keeps the media of a part whose uuid is no name: the engine takes the media's own hash, which
+// an embedding in its place would not have.
+func TestLeanKeepsUnnamedMedia(t *testing.T) {
+	for _, uuid := range []string{`null`, `""`, `7`} {
+		const handle = `{"h":{"metadata":{"g":1}}}`
+		client := `{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"a"},"uuid":` + uuid + `}]}]}`
+		x := encodingOf(parse(t, inference.Chat, []byte(client)))
+		x.Lean = true
+		body := stripped(x.Request)
+		ecNixl{}.Splice(x, [][]byte{[]byte(handle)}, true, body)
+		if got, want := string(written(t, body)), client[:len(client)-1]+`,"ec_transfer_params":`+handle+`}`; got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+	}
+}
