@@ -95,9 +95,8 @@ func (a *App) load() error {
 		}
 		a.configSum = sha256.Sum256(text)
 	}
-	for _, w := range a.config.Warnings {
-		a.log.Warn("configuration", slog.String("reason", w))
-	}
+	a.warn(a.config.Warnings)
+	a.warn(sidecar.Warnings(&a.config.Disaggregation))
 	limit := memoryLimit()
 	setMemoryLimit(limit)
 	a.heapFloor = newHeapFloor(limit)
@@ -105,11 +104,22 @@ func (a *App) load() error {
 	return nil
 }
 
+// warn logs what an operator should know about the configuration.
+func (a *App) warn(warnings []string) {
+	for _, w := range warnings {
+		a.log.Warn("configuration", slog.String("reason", w))
+	}
+}
+
 // buildRequestPath makes what a request passes through, from the lowest floor up.
 func (a *App) buildRequestPath() error {
-	var err error
+	var (
+		d   *director.Director
+		err error
+	)
 	a.orchestrator, err = sidecar.New(sidecar.Options{
 		Config: a.config.Disaggregation, Logger: a.opts.Logger, Registerer: a.registry, Snapshot: a.store.Snapshot,
+		Ejected: func(e *pool.Endpoint, reason string) { d.Ejected(e, reason) },
 	})
 	if err != nil {
 		return inFile(a.opts.ConfigFile, err)
@@ -130,7 +140,7 @@ func (a *App) buildRequestPath() error {
 		}
 		tracer = a.tracing.Tracer("github.com/baton-epp/baton/director")
 	}
-	d, err := director.New(director.Options{
+	d, err = director.New(director.Options{
 		Scheduler: func() director.Scheduler { return a.scheduler }, Snapshot: a.store.Snapshot, Orchestrator: a.orchestrator,
 		Logger: a.opts.Logger, Registerer: a.registry, AllowUninspectedBodies: a.config.Limits.AllowUninspectedBodies, Record: record,
 		MetricsNames: a.opts.MetricsNames, Tracer: tracer,

@@ -164,6 +164,7 @@ func rows() []row {
 			},
 		},
 		{name: "decode gone during prefill", leaky: true, applies: serial, faults: always(simulate.Fault{Kind: "delay", DelayMS: 300}), run: decodeGone},
+		{name: "no decode endpoint left after prefill", leaky: true, applies: serial, faults: always(simulate.Fault{Kind: "delay", DelayMS: 300}), run: noDecodeLeft},
 		{
 			name: "budget spent", config: "budget: 300ms", faults: always(simulate.Fault{Kind: "hang"}),
 			want: func(f *flavour) want {
@@ -289,6 +290,19 @@ func twice(s *scenario) {
 		s.t.Errorf("the second delivery: %+v, %v", r, err)
 	}
 	s.leftWith(want{})
+}
+
+// noDecodeLeft: every decode endpoint leaves the pool while prefill runs.
+func noDecodeLeft(s *scenario) {
+	done := s.start(s.t.Context())
+	s.busy("decode")
+	s.writeEndpoints(s.engines("prefill")...)
+	r := <-done
+	w := want{status: 503, dropped: "rejected-no-endpoints", reasons: []string{"ok"}}
+	if s.flavour.Claims {
+		w.leaks, w.expired = 1, 1
+	}
+	s.check(r.reply, r.err, w)
 }
 
 // busy waits for an endpoint of a role with a request counted on it.
@@ -439,6 +453,9 @@ func ejected(s *scenario) {
 	}
 	if n := len(s.prefills()); n != pool.EjectAfter {
 		s.t.Errorf("the sick endpoint was asked %d times, want %d", n, pool.EjectAfter)
+	}
+	if n := s.metric("baton_director_ejections_total"); n != 1 {
+		s.t.Errorf("%v ejections counted, want 1", n)
 	}
 	s.leftWith(want{})
 }

@@ -32,9 +32,7 @@ func (a *App) buildPool() error {
 	if a.scheduler, err = newScheduler(a.config, a.opts.ConfigFile, a.registry, a.opts.EnableDebug, a.opts.MetricsNames); err != nil {
 		return err
 	}
-	for _, w := range a.scheduler.Warnings() {
-		a.log.Warn("configuration", slog.String("reason", w))
-	}
+	a.warn(a.scheduler.Warnings())
 	source, err := a.source()
 	if err != nil {
 		return err
@@ -191,5 +189,6 @@ func checkParts(c *config.Config, file string) (warnings []string, err error) {
 		errs = append(errs, inFile(file, err))
 	}
 	_, err = sidecar.New(sidecar.Options{Config: c.Disaggregation, Snapshot: func() *pool.Snapshot { return pool.NewSnapshot(0, false, nil) }})
+	warnings = append(warnings, sidecar.Warnings(&c.Disaggregation)...)
 	return warnings, errors.Join(append(errs, inFile(file, err))...)
 }

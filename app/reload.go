@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/baton-epp/baton/config"
+	"github.com/baton-epp/baton/sidecar"
 )
 
 // configPoll is how often the configuration's content is compared. Content, not modification time: a ConfigMap mount
@@ -65,6 +66,7 @@ func (a *App) reload(text []byte) error {
 	if err := a.orchestrator.Reload(next.Disaggregation); err != nil {
 		return err
 	}
+	a.warn(sidecar.Warnings(&next.Disaggregation))
 	a.log.Info("configuration reloaded: disaggregation is in force but for pairLabels; other sections need a restart", slog.String("mode", next.Disaggregation.Mode))
 	return nil
 }

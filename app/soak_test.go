@@ -265,7 +265,7 @@ func (s *soak) chaos(ctx context.Context, rng *rand.Rand) {
 		s.note(e)
 		select {
 		case <-ctx.Done():
-		case <-time.After(time.Duration(100+rng.IntN(300)) * time.Millisecond):
+		case <-time.After(time.Duration(300+rng.IntN(1200)) * time.Millisecond):
 		}
 	}
 }
@@ -356,7 +356,7 @@ func (s *soak) fatesHold() {
 		counted := rec.Leaked != ""
 		switch {
 		case counted == leaked[id]:
-		case leaked[id] && (f.err != nil || s.killed(f.destination(), f) || f.reply != nil && f.reply.Status >= 500 || f.cut() || f.broken || unsaid(rec)):
+		case leaked[id] && (f.err != nil || s.killed(f.destination(), f, 100*time.Millisecond) || f.reply != nil && f.reply.Status >= 500 || f.cut() || f.broken || unsaid(rec)):
 		case counted && s.killedAny(rec, f):
 		default:
 			s.t.Errorf("%s: leaked %v, counted %q; outcome %q, status %d, attempts %+v, error %v, leak %+v", id, leaked[id], rec.Leaked, rec.Outcome, rec.Status, rec.Attempts, f.err, what[id])
@@ -382,10 +382,10 @@ func (f *fate) destination() string {
 	return f.reply.Destination
 }
 
-// killed reports whether the engine died while the request, or what it left behind, may have been there.
-func (s *soak) killed(engine string, f *fate) bool {
+// killed reports whether the engine died while the request was there, or some time after its end.
+func (s *soak) killed(engine string, f *fate, after time.Duration) bool {
 	return slices.ContainsFunc(s.kills[engine], func(at time.Time) bool {
-		return at.After(f.start.Add(-50*time.Millisecond)) && at.Before(f.end.Add(soakLease+time.Second)) // it takes its leases along
+		return at.After(f.start.Add(-50*time.Millisecond)) && at.Before(f.end.Add(after))
 	})
 }
 
@@ -393,7 +393,7 @@ func (s *soak) killed(engine string, f *fate) bool {
 func (s *soak) killedAny(rec *director.Record, f *fate) bool {
 	for _, a := range rec.Attempts {
 		_, name, _ := strings.Cut(a.Endpoint, "/")
-		if s.killed(name, f) {
+		if s.killed(name, f, soakLease+time.Second) { // its leases with it
 			return true
 		}
 	}

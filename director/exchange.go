@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -223,7 +224,7 @@ func (x *Exchange) ResponseHeaders(ctx context.Context, now time.Time, status in
 	case e == nil:
 	case status >= 500:
 		if e.Health.Fail(now) {
-			x.director.ejected(e)
+			x.director.Ejected(e, "response status "+strconv.Itoa(status))
 		}
 	default:
 		e.Health.Succeed()

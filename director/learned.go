@@ -69,9 +69,11 @@ func (d *Director) predictedDecode(req *inference.Request) time.Duration {
 	return time.Duration(float64(req.MaxTokens) * d.perToken.value() * float64(time.Second))
 }
 
-func (d *Director) ejected(e *pool.Endpoint) {
+// Ejected counts an endpoint that failures ejected: of responses, or of sub-requests, as [sidecar.Options] tell. reason
+// is the last failure's.
+func (d *Director) Ejected(e *pool.Endpoint, reason string) {
 	d.metrics.ejections.Inc()
-	d.log.Warn("endpoint ejected after repeated failures", slog.String("endpoint", e.ID()), slog.Time("until", e.Health.EjectedUntil()))
+	d.log.Warn("endpoint ejected after repeated failures", slog.String("endpoint", e.ID()), slog.String("reason", reason), slog.Time("until", e.Health.EjectedUntil()))
 }
 
 // seed makes a repeatable number of the request id (FNV-1a): the same request and snapshot give the same pick.

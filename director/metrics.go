@@ -100,7 +100,7 @@ func newMetrics(reg prometheus.Registerer, names string) *metrics {
 		}),
 		outcomes:  counter("baton_director_outcomes_total", "Answers by what came before decode: disaggregated, aggregated, fallback.", "outcome"),
 		repicked:  plain("baton_director_decode_repicked_total", "Decode endpoints that vanished between pick and answer."),
-		ejections: plain("baton_director_ejections_total", "Endpoints ejected after repeated failures."),
+		ejections: plain("baton_director_ejections_total", "Endpoints ejected after repeated failures, of responses or of sub-requests."),
 	}
 	for _, c := range []string{"disaggregated", "aggregated", "fallback"} {
 		m.outcomes.WithLabelValues(c)
@@ -192,7 +192,7 @@ func (m *metrics) failed(req *inference.Request, err error) {
 // errorCode is llm-d's name for the kind of error.
 func errorCode(err error) string {
 	switch {
-	case errors.Is(err, inference.ErrMalformed):
+	case errors.Is(err, inference.ErrMalformed), errors.Is(err, sidecar.ErrNotCarried):
 		return "BadRequest"
 	case errors.Is(err, scheduler.ErrNoCandidate):
 		return "ServiceUnavailable"

@@ -58,6 +58,7 @@ type AttemptRecord struct {
 	Attempt  int     `json:"attempt"` // from 1
 	Status   int     `json:"status"`
 	Reason   string  `json:"reason"`
+	Error    string  `json:"error,omitempty"` // what broke, at most 200 bytes
 	Seconds  float64 `json:"seconds"`
 }
 
@@ -121,6 +122,12 @@ func recordOutcome(r *Record, x *Exchange) {
 		}
 		r.Picks["encode"] = strings.Join(ids, ",")
 	}
+	if why := x.outcome.WayReason; why != "" { // the decider's word stays: it wanted otherwise
+		if wanted := r.Reasons["prefill"]; wanted != "" {
+			why = wanted + "; " + why
+		}
+		r.Reasons["prefill"] = why
+	}
 	if x.outcome.EncodeReason != "" {
 		r.Reasons["encode"] = x.outcome.EncodeReason
 	}
@@ -131,7 +138,8 @@ func recordOutcome(r *Record, x *Exchange) {
 			r.Seconds.Prefill += a.Duration.Seconds()
 		}
 		r.Attempts = append(r.Attempts, AttemptRecord{
-			Phase: a.Phase.String(), Endpoint: a.Endpoint.ID(), Attempt: a.Number, Status: a.Status, Reason: a.Reason, Seconds: a.Duration.Seconds(),
+			Phase: a.Phase.String(), Endpoint: a.Endpoint.ID(), Attempt: a.Number, Status: a.Status, Reason: a.Reason,
+			Error: a.Error, Seconds: a.Duration.Seconds(),
 		})
 	}
 }

@@ -7,8 +7,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/baton-epp/baton/internal/pooltest"
+	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/sidecar"
 )
@@ -32,8 +34,47 @@ func TestRecordOfEncode(t *testing.T) {
 	if len(r.Attempts) != 3 || r.Attempts[0].Phase != "encode" || r.Seconds.Encode != 1 || r.Seconds.Prefill != 3 || r.Reasons["encode"] != "media" {
 		t.Errorf("%+v", r)
 	}
+	if r.Reasons["prefill"] != "" || r.Attempts[0].Error != "" {
+		t.Errorf("%+v", r)
+	}
 	recordOutcome(r, &Exchange{outcome: &sidecar.Outcome{EncodeReason: "the decode endpoint encodes by itself"}})
 	if r.Reasons["encode"] != "the decode endpoint encodes by itself" {
 		t.Errorf("reasons %v", r.Reasons)
+	}
+}
+
+// TestRecordOfPrefillNotHad: a record keeps what the decider said beside what kept the prefill from running, and what
+// broke attempts.
+func TestRecordOfPrefillNotHad(t *testing.T) {
+	e := pooltest.Snapshot(pooltest.E("p0")).Endpoints[0]
+	for had, want := range map[string]string{"": "n > 1", "always": "always; n > 1"} {
+		r := &Record{Picks: map[string]string{}, Reasons: map[string]string{}}
+		if had != "" {
+			r.Reasons["prefill"] = had
+		}
+		recordOutcome(r, &Exchange{outcome: &sidecar.Outcome{
+			WayReason: "n > 1", Attempts: []sidecar.Attempt{{Phase: scheduler.PhasePrefill, Endpoint: e, Error: "connection refused"}},
+		}})
+		if r.Reasons["prefill"] != want || r.Attempts[0].Error != "connection refused" {
+			t.Errorf("%+v, want %q", r, want)
+		}
+	}
+}
+
+// TestEjectionsCount in one metric, whoever noticed.
+func TestEjectionsCount(t *testing.T) {
+	o := &scripted{}
+	b := newBench(t, o)
+	b.d.Ejected(b.snapshot.Endpoints[0], "refused")
+	for range pool.EjectAfter + 1 {
+		x, _, err := b.run(t)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.ResponseHeaders(t.Context(), time.Now(), 503, b.snapshot.Endpoints[1].Hostport, false)
+		x.Done(EndSeen)
+	}
+	if n := testutil.ToFloat64(b.d.metrics.ejections); n != 2 {
+		t.Errorf("%v ejections counted, want 2", n)
 	}
 }

@@ -5,6 +5,7 @@ package extproc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -72,6 +73,7 @@ func TestErrorsOfTheHeldPhase(t *testing.T) {
 	}{
 		{"budget", sidecar.ErrBudgetSpent, 504},
 		{"prefill", &sidecar.PhaseError{}, 502},
+		{"not carried", fmt.Errorf("%w: n > 1", sidecar.ErrNotCarried), 400},
 		{"unknown", errors.New("x"), 500},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -41,6 +41,7 @@ var statuses = []struct {
 	status
 }{
 	{inference.ErrMalformed, status{code: 400, reason: "malformed-body", kind: "BadRequestError", anthropic: "invalid_request_error"}},
+	{sidecar.ErrNotCarried, status{code: 400, reason: "not-disaggregable", kind: "BadRequestError", anthropic: "invalid_request_error"}},
 	{errBodyTooLarge, status{code: 413, reason: "body-too-large", kind: "RequestEntityTooLargeError", anthropic: "request_too_large"}},
 	{director.ErrEncoding, status{code: 415, reason: "unsupported-encoding", kind: "UnsupportedMediaTypeError", anthropic: "invalid_request_error"}},
 	{director.ErrBodyMode, status{code: 500, reason: "body-mode-unsafe", kind: "InternalServerError", anthropic: "api_error"}},

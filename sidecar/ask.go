@@ -34,7 +34,7 @@ func (r *run) ask(ctx context.Context) (enough bool, err error) {
 	res := r.question(ctx, asker, x, call{path: enginePath(r.j.Request.API), id: r.j.Request.ID, body: body, attempt: 1})
 	r.o.metrics.attempts.WithLabelValues(phase.String(), res.reason).Inc()
 	r.out.Attempts = append(r.out.Attempts, Attempt{
-		Phase: phase, Endpoint: e, Number: 1, Status: res.status, Reason: res.reason, Start: start, Duration: time.Since(start),
+		Phase: phase, Endpoint: e, Number: 1, Status: res.status, Reason: res.reason, Error: res.errorText(), Start: start, Duration: time.Since(start),
 	})
 	r.o.tell(e, res.reason)
 	if res.reason == reasonCanceled || res.reason == reasonBudget {

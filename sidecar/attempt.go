@@ -7,9 +7,9 @@ import (
 	"context"
 	"errors"
 	"io"
-	"log/slog"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/baton-epp/baton/inference"
@@ -23,6 +23,8 @@ const (
 	drainBytes = 64 << 10
 	// keptBuffer is the largest buffer kept for the next answer.
 	keptBuffer = 64 << 10
+	// maxErrorText bounds the text of an error that is kept with its attempt.
+	maxErrorText = 200
 )
 
 // result is what one attempt came to.
@@ -44,6 +46,18 @@ func (r *result) pinned() (reason string, pinned bool) {
 	default:
 		return "", false
 	}
+}
+
+// errorText is what broke, for the record of the attempt.
+func (r *result) errorText() string {
+	if r.err == nil {
+		return ""
+	}
+	text := r.err.Error()
+	if len(text) > maxErrorText {
+		text = strings.ToValidUTF8(text[:maxErrorText], "")
+	}
+	return text
 }
 
 // attempt is one prefill at one endpoint.
@@ -203,7 +217,7 @@ func (a *attempt) close(res *result) Attempt {
 	}
 	a.o.tell(a.e, res.reason)
 	return Attempt{
-		Phase: scheduler.PhasePrefill, Endpoint: a.e, Number: a.number, Status: res.status, Reason: res.reason,
+		Phase: scheduler.PhasePrefill, Endpoint: a.e, Number: a.number, Status: res.status, Reason: res.reason, Error: res.errorText(),
 		Start: a.start, Duration: time.Since(a.start),
 	}
 }
@@ -214,7 +228,7 @@ func (o *Orchestrator) tell(e *pool.Endpoint, reason string) {
 	case sequelOf(reason).blame:
 		o.peers.note(e, false)
 		if e.Health.Fail(time.Now()) {
-			o.log.Info("endpoint ejected", slog.String("endpoint", e.Hostport), slog.String("reason", reason))
+			o.ejected(e, reason)
 		}
 	case reason == reasonOK, reason == reasonComplete, reason == reasonRejected:
 		o.peers.note(e, true)

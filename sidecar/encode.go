@@ -137,7 +137,7 @@ func (r *run) firstPrefiller() *pool.Endpoint {
 	now := time.Now()
 	ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked
 	for i := range ranked {
-		if e := r.usable(ranked[i].Endpoint, i == 0, now); e != nil {
+		if e, _ := r.usable(ranked[i].Endpoint, i == 0, now); e != nil {
 			return e
 		}
 	}

@@ -182,7 +182,7 @@ func (f *fanOut) attempt(ctx context.Context, i int, it *item, e *pool.Endpoint,
 	defer f.mu.Unlock()
 	if len(f.attempts) < encodeAttempts {
 		f.attempts = append(f.attempts, Attempt{
-			Phase: scheduler.PhaseEncode, Endpoint: e, Number: number, Status: res.status, Reason: res.reason,
+			Phase: scheduler.PhaseEncode, Endpoint: e, Number: number, Status: res.status, Reason: res.reason, Error: res.errorText(),
 			Start: start, Duration: time.Since(start),
 		})
 	}

@@ -17,6 +17,10 @@ var (
 	// to the gateway that asks us.
 	ErrLooped = errors.New("own sub-request came back through the gateway")
 
+	// ErrNotCarried means that a request cannot be prefilled elsewhere, by what it asks for, and that its decode endpoint
+	// cannot prefill for itself: 400 for the client.
+	ErrNotCarried = errors.New("this model is served disaggregated only, and the request cannot be")
+
 	errPhaseTimeout = errors.New("phase timeout")
 	errNotInPool    = errors.New("address is not in the pool")
 	errReplayed     = errors.New("connection reset, and reset again when sent anew")

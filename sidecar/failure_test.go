@@ -261,7 +261,7 @@ func TestKilledEngine(t *testing.T) {
 
 // TestNoPrefillerUsable falls back, or fails, without a sub-request when none of those ranked may be asked.
 func TestNoPrefillerUsable(t *testing.T) {
-	f := func(name string, spoil func(*rig, *pool.Endpoint)) {
+	f := func(name, why string, spoil func(*rig, *pool.Endpoint)) {
 		t.Helper()
 		for _, onFailure := range []string{"aggregate", "fail"} {
 			r := newRig(t, func(c *config.Disaggregation) { c.OnFailure = onFailure })
@@ -271,6 +271,9 @@ func TestNoPrefillerUsable(t *testing.T) {
 			out, err := r.Run(t.Context(), j)
 			if p.Load.Requests() != 0 {
 				t.Errorf("%s: reservation left", name)
+			}
+			if want := "none could be tried: " + p.Hostport + " " + why; out.WayReason != want {
+				t.Errorf("%s: %q, want %q", name, out.WayReason, want)
 			}
 			if onFailure == "fail" {
 				if e, ok := errors.AsType[*PhaseError](err); !ok || e.Error() != "prefill: no_prefiller" {
@@ -283,23 +286,23 @@ func TestNoPrefillerUsable(t *testing.T) {
 			}
 		}
 	}
-	f("left the pool", func(r *rig, p *pool.Endpoint) { r.drop(p) })
-	f("other pod at its address", func(r *rig, p *pool.Endpoint) {
+	f("left the pool", passedGone, func(r *rig, p *pool.Endpoint) { r.drop(p) })
+	f("other pod at its address", passedGone, func(r *rig, p *pool.Endpoint) {
 		other := *p
 		other.UID = "another"
 		r.drop(p)
 		r.all = append(r.all, &other)
 		r.publish()
 	})
-	f("role changed", func(r *rig, p *pool.Endpoint) {
+	f("role changed", passedRole, func(r *rig, p *pool.Endpoint) {
 		other := *p
 		other.Role = pool.RoleDecode
 		r.drop(p)
 		r.all = append(r.all, &other)
 		r.publish()
 	})
-	f("not ready", func(_ *rig, p *pool.Endpoint) { p.Health.SetReady(false) })
-	f("other wire", func(r *rig, p *pool.Endpoint) {
+	f("not ready", passedNotReady, func(_ *rig, p *pool.Endpoint) { p.Health.SetReady(false) })
+	f("other wire", passedWire, func(r *rig, p *pool.Endpoint) {
 		p.Engine = "other"
 		r.settings.Load().wires["other"] = wire{}
 	})

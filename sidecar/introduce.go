@@ -4,6 +4,7 @@ package sidecar
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -71,6 +72,11 @@ func (o *Orchestrator) inquire(ctx context.Context, in *introduction, e *pool.En
 	in.facts, in.failed = o.facts(ctx, e, port, path, wire)
 	if in.failed != nil {
 		o.peers.forget(e)
+		in.failed.err = fmt.Errorf("introduction at %s: %w", netip.AddrPortFrom(e.Addr.Addr(), port), cmp.Or(in.failed.err, statusError(in.failed.status)))
+	}
+	if o.peers.introduced(e, in.failed == nil) && in.failed.reason != reasonCanceled {
+		o.log.Info("a prefill endpoint does not introduce itself: its prefills fail until it does",
+			slog.String("endpoint", e.Hostport), slog.String("reason", in.failed.reason), slog.Any("err", in.failed.err))
 	}
 }
 
@@ -108,6 +114,9 @@ func (o *Orchestrator) facts(ctx context.Context, e *pool.Endpoint, port uint16,
 	return bytes.Clone(text), nil
 }
 
+// statusError is an answer that is no 200.
+func statusError(status int) error { return fmt.Errorf("status %d", status) }
+
 // sideDoor is the one address beside the pool's own that a request may dial: another port of an endpoint in the pool.
 // Its zero value is the key of the context value.
 type sideDoor struct {
@@ -134,6 +143,16 @@ func (p *peers) introduction(e *pool.Endpoint) (in *introduction, first bool) {
 		known.introduction, first = &introduction{done: make(chan struct{})}, true
 	}
 	return known.introduction, first
+}
+
+// introduced notes how an introduction ended; true for the first failure in a row.
+func (p *peers) introduced(e *pool.Endpoint, ok bool) (failed bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	known := p.peerLocked(keyOf(e))
+	failed = !ok && !known.silent
+	known.silent = !ok
+	return failed
 }
 
 // forget drops what e said of itself: it may be another process now.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -186,8 +187,17 @@ func TestIntroductionFails(t *testing.T) {
 		b := newBootstrap(t, nil)
 		pe, _, _ := b.holding("p")
 		b.port = b.refusing("nobody").Addr.Port()
-		if out, err := b.Run(t.Context(), b.job(inference.Completions, clientBody, b.d, pe)); err == nil || reasons(out) != "refused" {
-			t.Errorf("%s, %v", reasons(out), err)
+		var said bytes.Buffer
+		b.log = slog.New(slog.NewTextHandler(&said, nil))
+		where := fmt.Sprintf("introduction at 127.0.0.1:%d: ", b.port)
+		for range 3 {
+			out, err := b.Run(t.Context(), b.job(inference.Completions, clientBody, b.d, pe))
+			if err == nil || reasons(out) != "refused" || !strings.HasPrefix(out.Attempts[0].Error, where) {
+				t.Errorf("%+v, %v", out.Attempts, err)
+			}
+		}
+		if strings.Count(said.String(), where) != 1 {
+			t.Errorf("said %s", said.String())
 		}
 	})
 }

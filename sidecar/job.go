@@ -32,6 +32,7 @@ type Attempt struct {
 	Number   int    // from 1, the value of X-Processor-Attempt
 	Status   int    // HTTP status, 0 when there was none
 	Reason   string // ok or why not, from the closed set of Reasons
+	Error    string // what broke, at most 200 bytes; "" where an answer says it all
 	Start    time.Time
 	Duration time.Duration // the wait for a free slot included
 }
@@ -50,6 +51,7 @@ type Outcome struct {
 	Headers      []inference.Header // to set on the decode request: x-prefiller-host-port, x-encoder-hosts-ports
 	Prefiller    *pool.Endpoint     // who prefills; nil when aggregated
 	Encoders     []*pool.Endpoint   // who encoded, or is named to a sidecar for it
+	WayReason    string             // why nobody prefills elsewhere although the decision wanted it
 	EncodeReason string             // why nothing is encoded apart although the decision wanted it
 	EncodeTime   time.Duration      // of the whole phase; its attempts overlap
 	// HasHandle says that the decode body carries what may be used once, before HandleUntil, and holds blocks at the

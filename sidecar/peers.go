@@ -49,6 +49,7 @@ type peer struct {
 	*breaker
 	slots        chan struct{} // guarded by peers.mu; one entry for each sub-request in flight
 	introduction *introduction // guarded by peers.mu; nil before it and when what it said may be out of date
+	silent       bool          // guarded by peers.mu; the last introduction failed
 }
 
 func newPeers(c config.Breaker, m *metrics, log *slog.Logger) *peers {

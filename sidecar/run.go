@@ -27,15 +27,20 @@ type run struct {
 	deadline time.Time // the end of the budget
 	tries    int       // prefills attempted
 	ended    func()    // closes the books of the prefill phase; nil when the leg does
+
+	passed    *pool.Endpoint // the first one ranked that was not asked
+	passedWhy string
 }
 
 // phases runs what comes before decode.
 func (r *run) phases(ctx context.Context) error {
-	r.out.way = r.way()
-	if err := r.encode(ctx); err != nil {
+	var err error
+	if r.out.way, err = r.way(); err != nil {
 		return err
 	}
-	var err error
+	if err = r.encode(ctx); err != nil {
+		return err
+	}
 	switch r.out.way {
 	case wayHeaders:
 		err = r.nameHost()
@@ -67,7 +72,7 @@ func (r *run) nameHost() error {
 	now := time.Now()
 	ranked := r.j.Decision.Phase(scheduler.PhasePrefill).Ranked
 	for i := range ranked {
-		e := r.usable(ranked[i].Endpoint, i == 0, now)
+		e := r.candidate(ranked[i].Endpoint, i == 0, now)
 		if e == nil || !r.admit(e, i == 0, now) {
 			continue
 		}
@@ -125,7 +130,7 @@ func (r *run) walk(ctx context.Context) error {
 			break
 		}
 		now := time.Now()
-		e := r.usable(ranked[i].Endpoint, i == 0, now)
+		e := r.candidate(ranked[i].Endpoint, i == 0, now)
 		if e == nil {
 			continue
 		}
@@ -171,37 +176,70 @@ func (r *run) prefillBy(ctx context.Context, e *pool.Endpoint, uncached int64) r
 	return res
 }
 
-// usable returns the endpoint as the snapshot has it now, or nil when it must not be asked: it left the pool, changed
-// its role, speaks another wire, or is known to be sick. The first choice is the scheduler's, which has weighed its
-// health. It takes no permit of breakers and no probe: admit does, when nothing else can stand in the way any more.
-func (r *run) usable(ranked *pool.Endpoint, first bool, now time.Time) *pool.Endpoint {
-	e := r.o.snapshot().ByAddr(ranked.Addr)
-	if e == nil || e.UID != ranked.UID || e.Role != 0 && !e.Role.Has(pool.RolePrefill) {
-		return nil
-	}
-	if r.out.way == wayOrchestrate && !r.s.sameWire(e.Engine, &r.wire) {
-		return nil
+// Why an endpoint that was ranked is not asked.
+const (
+	passedGone     = "left the pool"
+	passedRole     = "is no prefill endpoint any more"
+	passedWire     = "speaks another wire"
+	passedNotReady = "is not ready"
+	passedEjected  = "is ejected"
+	passedBreaker  = "has its circuit breaker open, or the decode endpoint's with it"
+	passedTaken    = "is on probation, which another request uses"
+)
+
+// usable returns the endpoint as the snapshot has it now, or why it must not be asked: it left the pool, changed its
+// role, speaks another wire, or is known to be sick. The first choice is the scheduler's, which has weighed its health.
+// It takes no permit of breakers and no probe: admit does, when nothing else can stand in the way any more.
+func (r *run) usable(ranked *pool.Endpoint, first bool, now time.Time) (e *pool.Endpoint, passed string) {
+	e = r.o.snapshot().ByAddr(ranked.Addr)
+	switch {
+	case e == nil || e.UID != ranked.UID:
+		return nil, passedGone
+	case e.Role != 0 && !e.Role.Has(pool.RolePrefill):
+		return nil, passedRole
+	case r.out.way == wayOrchestrate && !r.s.sameWire(e.Engine, &r.wire):
+		return nil, passedWire
 	}
 	switch e.Health.Standing(now) {
 	case pool.NotReady:
-		return nil
+		return nil, passedNotReady
 	case pool.Ejected:
 		if !first {
-			return nil
+			return nil, passedEjected
 		}
 	case pool.Probation, pool.Healthy:
 	}
 	if !r.o.peers.ready(e, r.j.Decode, now) {
-		return nil
+		return nil, passedBreaker
 	}
+	return e, ""
+}
+
+// candidate is usable for a walk, which remembers why the first one was passed over.
+func (r *run) candidate(ranked *pool.Endpoint, first bool, now time.Time) *pool.Endpoint {
+	e, passed := r.usable(ranked, first, now)
+	r.pass(ranked, passed)
 	return e
+}
+
+func (r *run) pass(e *pool.Endpoint, why string) {
+	if why != "" && r.passed == nil {
+		r.passed, r.passedWhy = e, why
+	}
 }
 
 // admit takes the permits that e's breakers and its probation demand, right before it is asked; false when another
 // request took one since usable looked.
 func (r *run) admit(e *pool.Endpoint, first bool, now time.Time) bool {
-	return r.o.peers.allow(e, r.j.Decode, now) &&
-		(first || e.Health.Standing(now) != pool.Probation || e.Health.TryProbe(now))
+	if !r.o.peers.allow(e, r.j.Decode, now) {
+		r.pass(e, passedBreaker)
+		return false
+	}
+	if !first && e.Health.Standing(now) == pool.Probation && !e.Health.TryProbe(now) {
+		r.pass(e, passedTaken)
+		return false
+	}
+	return true
 }
 
 // sameWire reports whether a prefiller speaks the wire that was chosen for the request.
@@ -296,6 +334,7 @@ func (r *run) over(ctx context.Context, last *result) error {
 }
 
 func (r *run) phaseError(last *result) error {
+	r.explain(last.reason)
 	e := &PhaseError{Phase: scheduler.PhasePrefill, Attempt: r.tries, Status: last.status, Reason: last.reason, Err: last.err}
 	if n := len(r.out.Attempts); n > 0 && r.tries > 0 {
 		e.Endpoint = r.out.Attempts[n-1].Endpoint.Hostport
@@ -305,8 +344,16 @@ func (r *run) phaseError(last *result) error {
 
 // fallBack lets decode go on alone.
 func (r *run) fallBack(reason string) {
+	r.explain(reason)
 	r.out.Name = outcomeFallback + reason
 	r.o.metrics.fallbacks.WithLabelValues(reason).Inc()
+}
+
+// explain says why none of those ranked could be tried.
+func (r *run) explain(reason string) {
+	if reason == reasonNoPrefiller && r.passed != nil {
+		r.out.WayReason = "none could be tried: " + r.passed.Hostport + " " + r.passedWhy
+	}
 }
 
 // startSpan starts a span for a phase where the stream is traced.

@@ -48,6 +48,7 @@ type Orchestrator struct {
 	// Immutable after New.
 	log      *slog.Logger
 	snapshot func() *pool.Snapshot
+	ejected  func(e *pool.Endpoint, reason string)
 	metrics  *metrics
 	peers    *peers
 	retries  *retryBudget
@@ -71,12 +72,17 @@ type Options struct {
 	Registerer prometheus.Registerer // nil registers nowhere
 	// Snapshot is the pool now: only addresses in it are ever dialled. Required.
 	Snapshot func() *pool.Snapshot
+	// Ejected is told each endpoint that a failed sub-request ejected, and how that ended; nil when nobody asks.
+	Ejected func(e *pool.Endpoint, reason string)
 }
 
 // New checks the configuration and starts nothing. [Orchestrator.Close] ends what Run leaves open.
 func New(o Options) (*Orchestrator, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Ejected == nil {
+		o.Ejected = func(*pool.Endpoint, string) {}
 	}
 	var missing error
 	if o.Snapshot == nil {
@@ -85,6 +91,7 @@ func New(o Options) (*Orchestrator, error) {
 	or := &Orchestrator{
 		log:      o.Logger.With(slog.String("component", "sidecar")),
 		snapshot: o.Snapshot,
+		ejected:  o.Ejected,
 		retries:  newRetryBudget(o.Config.RetryBudget, time.Now()),
 	}
 	or.closing, or.closed = context.WithCancel(context.Background())
@@ -164,7 +171,7 @@ func (o *Orchestrator) Budget() time.Duration { return o.settings.Load().Budget 
 // Run brings the job to the point where decode can be forwarded, blocking until then. ctx is the stream's: when it
 // ends, what runs is cancelled at once. Where the legs run at the same time, Run returns as soon as the prefill's request
 // is on its way, and [Outcome.Pending] tells when it is over. Errors: *[PhaseError] (502), [ErrBudgetSpent] (504),
-// [ErrLooped], [context.Canceled] when the client left. The Outcome is never nil: beside an error it only tells how far
+// [ErrNotCarried] (400), [ErrLooped], [context.Canceled] when the client left. The Outcome is never nil: beside an error it only tells how far
 // the request got (Attempts, Checkpoint), its Name is empty, and nothing may be forwarded.
 func (o *Orchestrator) Run(ctx context.Context, j *Job) (*Outcome, error) {
 	r := run{o: o, s: o.settings.Load(), j: j, out: &Outcome{Name: outcomeAggregated, CachedTokens: -1}, load: j.PrefillLoad}

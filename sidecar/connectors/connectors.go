@@ -146,6 +146,8 @@ type Traits struct {
 	Name   string
 	Proven string // real engine, from source or unconfirmed (docs/design.md 3.3)
 	Shape  Shape
+	// Engines lists the engine types (pool.Endpoint.Engine) that speak the wire.
+	Engines []string
 	// Overlaps says that a Serial wire may be run as a Rendezvous (disaggregation.parallelLegs).
 	Overlaps bool
 	// NeedsDecode says that the decode endpoint must be known before prefill starts: what it prefilled is for that

@@ -33,16 +33,28 @@ func registry() map[string]entry {
 	// Echo with logprobs needs those of the prompt, which decode does not have. The other bars are vLLM's fields, which
 	// SGLang ignores, or of APIs that are not served; several prompts get a room each.
 	sglangBars := inference.BarEcho | inference.BarEmbeddings | inference.BarNotJSON
+	vllm, sgl, trt := []string{"vllm"}, []string{"sglang"}, []string{"trtllm-serve", "triton-tensorrt-llm"}
+	withoutTRT := slices.Concat(vllm, sgl)
 	return map[string]entry{
-		"nixlv2":         {nixlv2{}, Traits{Proven: realEngine, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
-		"shared-storage": {sharedStorage{}, Traits{Proven: fromSource, Aggregates: true, Bars: every &^ howTokensAreDrawn, APIs: withSGLang}},
-		"offloading":     {offloading{}, Traits{Proven: fromSource, Overlaps: true, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: openAI}},
-		"moriio":         {moriio{}, Traits{Proven: unconfirmed, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: openAI}},
-		"trtllm":         {trtllm{}, Traits{Proven: fromSource, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: trtllmAPIs}},
-		"mooncake":       {mooncake{}, Traits{Proven: fromSource, Shape: Rendezvous, Aggregates: true, Claims: true, EndsDecode: true, OneChoice: true, Bars: every, APIs: openAI}},
-		"sglang":         {sglang{}, Traits{Proven: fromSource, Shape: Rendezvous, Claims: true, EndsDecode: true, OneChoice: true, Bars: sglangBars, APIs: sglangAPIs}},
-		"lmcache-pd":     {lmcachePD{}, Traits{Proven: unconfirmed, NeedsDecode: true, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"nixlv2":         {nixlv2{}, Traits{Engines: vllm, Proven: realEngine, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
+		"shared-storage": {sharedStorage{}, Traits{Engines: withoutTRT, Proven: fromSource, Aggregates: true, Bars: every &^ howTokensAreDrawn, APIs: withSGLang}},
+		"offloading":     {offloading{}, Traits{Engines: vllm, Proven: fromSource, Overlaps: true, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: openAI}},
+		"moriio":         {moriio{}, Traits{Engines: vllm, Proven: unconfirmed, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: openAI}},
+		"trtllm":         {trtllm{}, Traits{Engines: trt, Proven: fromSource, Aggregates: true, Claims: true, OneChoice: true, Bars: every, APIs: trtllmAPIs}},
+		"mooncake":       {mooncake{}, Traits{Engines: vllm, Proven: fromSource, Shape: Rendezvous, Aggregates: true, Claims: true, EndsDecode: true, OneChoice: true, Bars: every, APIs: openAI}},
+		"sglang":         {sglang{}, Traits{Engines: sgl, Proven: fromSource, Shape: Rendezvous, Claims: true, EndsDecode: true, OneChoice: true, Bars: sglangBars, APIs: sglangAPIs}},
+		"lmcache-pd":     {lmcachePD{}, Traits{Engines: vllm, Proven: unconfirmed, NeedsDecode: true, Aggregates: true, Claims: true, Bars: every, APIs: openAI}},
 	}
+}
+
+// Engines lists every engine type that speaks some wire.
+func Engines() []string {
+	var all []string
+	for _, e := range registry() {
+		all = append(all, e.traits.Engines...)
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // encoders has one line per encoder connector that is built, by the name llm-d gives it.
