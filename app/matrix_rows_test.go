@@ -349,7 +349,7 @@ func clientGone(s *scenario) {
 	ctx, leave := context.WithCancel(s.t.Context())
 	defer leave()
 	done := s.start(ctx)
-	eventually(s.t, "a prefill runs", func() bool { return len(s.bodies("prefill")) > 0 })
+	eventually(s.t, "a prefill runs", func() bool { return len(s.prefills()) > 0 }) // no introduction before it
 	leave()
 	if r := <-done; !errors.Is(r.err, context.Canceled) {
 		s.t.Errorf("reply %+v, error %v", r.reply, r.err)

@@ -12,20 +12,20 @@ import (
 	"testing"
 )
 
-// said is a log that may be read while it is written.
-type said struct {
+// spoken is a log that may be read while it is written.
+type spoken struct {
 	mu   sync.Mutex
 	text bytes.Buffer
 }
 
-func (s *said) Write(p []byte) (int, error) {
+func (s *spoken) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.text.Write(p)
 }
 
 // take returns what was said since the last time.
-func (s *said) take() string {
+func (s *spoken) take() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer s.text.Reset()
@@ -54,7 +54,7 @@ func TestConfigurationWarnings(t *testing.T) {
 		t.Fatal(err)
 	}
 	wants("check", strings.Join(warnings, "\n"))
-	var log said
+	var log spoken
 	a := s.startPicker(func(o *Options) {
 		o.ConfigFile, o.EndpointsFile = file, s.endpointsFile()
 		o.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))

@@ -286,23 +286,23 @@ func TestNoPrefillerUsable(t *testing.T) {
 			}
 		}
 	}
-	f("left the pool", passedGone, func(r *rig, p *pool.Endpoint) { r.drop(p) })
-	f("other pod at its address", passedGone, func(r *rig, p *pool.Endpoint) {
+	f("left the pool", skipGone, func(r *rig, p *pool.Endpoint) { r.drop(p) })
+	f("other pod at its address", skipGone, func(r *rig, p *pool.Endpoint) {
 		other := *p
 		other.UID = "another"
 		r.drop(p)
 		r.all = append(r.all, &other)
 		r.publish()
 	})
-	f("role changed", passedRole, func(r *rig, p *pool.Endpoint) {
+	f("role changed", skipRole, func(r *rig, p *pool.Endpoint) {
 		other := *p
 		other.Role = pool.RoleDecode
 		r.drop(p)
 		r.all = append(r.all, &other)
 		r.publish()
 	})
-	f("not ready", passedNotReady, func(_ *rig, p *pool.Endpoint) { p.Health.SetReady(false) })
-	f("other wire", passedWire, func(r *rig, p *pool.Endpoint) {
+	f("not ready", skipNotReady, func(_ *rig, p *pool.Endpoint) { p.Health.SetReady(false) })
+	f("other wire", skipWire, func(r *rig, p *pool.Endpoint) {
 		p.Engine = "other"
 		r.settings.Load().wires["other"] = wire{}
 	})

@@ -28,8 +28,8 @@ type run struct {
 	tries    int       // prefills attempted
 	ended    func()    // closes the books of the prefill phase; nil when the leg does
 
-	passed    *pool.Endpoint // the first one ranked that was not asked
-	passedWhy string
+	skipped    *pool.Endpoint // the first one ranked that was not asked
+	skippedWhy string
 }
 
 // phases runs what comes before decode.
@@ -176,72 +176,6 @@ func (r *run) prefillBy(ctx context.Context, e *pool.Endpoint, uncached int64) r
 	return res
 }
 
-// Why an endpoint that was ranked is not asked.
-const (
-	passedGone     = "left the pool"
-	passedRole     = "is no prefill endpoint any more"
-	passedWire     = "speaks another wire"
-	passedNotReady = "is not ready"
-	passedEjected  = "is ejected"
-	passedBreaker  = "has its circuit breaker open, or the decode endpoint's with it"
-	passedTaken    = "is on probation, which another request uses"
-)
-
-// usable returns the endpoint as the snapshot has it now, or why it must not be asked: it left the pool, changed its
-// role, speaks another wire, or is known to be sick. The first choice is the scheduler's, which has weighed its health.
-// It takes no permit of breakers and no probe: admit does, when nothing else can stand in the way any more.
-func (r *run) usable(ranked *pool.Endpoint, first bool, now time.Time) (e *pool.Endpoint, passed string) {
-	e = r.o.snapshot().ByAddr(ranked.Addr)
-	switch {
-	case e == nil || e.UID != ranked.UID:
-		return nil, passedGone
-	case e.Role != 0 && !e.Role.Has(pool.RolePrefill):
-		return nil, passedRole
-	case r.out.way == wayOrchestrate && !r.s.sameWire(e.Engine, &r.wire):
-		return nil, passedWire
-	}
-	switch e.Health.Standing(now) {
-	case pool.NotReady:
-		return nil, passedNotReady
-	case pool.Ejected:
-		if !first {
-			return nil, passedEjected
-		}
-	case pool.Probation, pool.Healthy:
-	}
-	if !r.o.peers.ready(e, r.j.Decode, now) {
-		return nil, passedBreaker
-	}
-	return e, ""
-}
-
-// candidate is usable for a walk, which remembers why the first one was passed over.
-func (r *run) candidate(ranked *pool.Endpoint, first bool, now time.Time) *pool.Endpoint {
-	e, passed := r.usable(ranked, first, now)
-	r.pass(ranked, passed)
-	return e
-}
-
-func (r *run) pass(e *pool.Endpoint, why string) {
-	if why != "" && r.passed == nil {
-		r.passed, r.passedWhy = e, why
-	}
-}
-
-// admit takes the permits that e's breakers and its probation demand, right before it is asked; false when another
-// request took one since usable looked.
-func (r *run) admit(e *pool.Endpoint, first bool, now time.Time) bool {
-	if !r.o.peers.allow(e, r.j.Decode, now) {
-		r.pass(e, passedBreaker)
-		return false
-	}
-	if !first && e.Health.Standing(now) == pool.Probation && !e.Health.TryProbe(now) {
-		r.pass(e, passedTaken)
-		return false
-	}
-	return true
-}
-
 // sameWire reports whether a prefiller speaks the wire that was chosen for the request.
 func (s *settings) sameWire(engine string, w *wire) bool {
 	other, ok := s.wire(engine)
@@ -347,13 +281,6 @@ func (r *run) fallBack(reason string) {
 	r.explain(reason)
 	r.out.Name = outcomeFallback + reason
 	r.o.metrics.fallbacks.WithLabelValues(reason).Inc()
-}
-
-// explain says why none of those ranked could be tried.
-func (r *run) explain(reason string) {
-	if reason == reasonNoPrefiller && r.passed != nil {
-		r.out.WayReason = "none could be tried: " + r.passed.Hostport + " " + r.passedWhy
-	}
 }
 
 // startSpan starts a span for a phase where the stream is traced.
