@@ -47,16 +47,17 @@ func flavours(t *testing.T) []*flavour {
 	engine := func(name string) func(*simulate.Options) {
 		return func(o *simulate.Options) { o.Engine = name }
 	}
+	offloading := func(o *simulate.Options) {
+		o.Connector, o.LoadFailurePolicy = "offloading", "recompute"
+		o.Scale = .1 // decode waits 30 s for blocks that never come
+	}
 	all := []*flavour{
 		{name: "nixlv2", connector: "nixlv2"},
 		{name: "nixlv2-push", connector: "nixlv2", engine: vllm("nixl-push")},
 		{name: "shared-storage", connector: "shared-storage", engine: vllm("shared-storage")},
 		{name: "lmcache-pd", connector: "lmcache-pd", engine: vllm("lmcache-pd")},
-		{name: "offloading", connector: "offloading", engine: vllm("offloading")},
-		{name: "offloading-parallel", connector: "offloading", config: "parallelLegs: true", engine: func(o *simulate.Options) {
-			o.Connector, o.LoadFailurePolicy = "offloading", "recompute"
-			o.Scale = .1 // decode waits 30 s for a prefill that failed
-		}},
+		{name: "offloading", connector: "offloading", engine: offloading},
+		{name: "offloading-parallel", connector: "offloading", config: "parallelLegs: true", engine: offloading},
 		{name: "mooncake", connector: "mooncake", engine: vllm("mooncake")},
 		{name: "sglang", connector: "sglang", engine: engine("sglang")},
 		{name: "trtllm", connector: "trtllm", engine: engine("trtllm")},

@@ -3,6 +3,7 @@
 package app
 
 import (
+	"slices"
 	"testing"
 
 	procv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_proc/v3"
@@ -24,6 +25,8 @@ func TestFailureMatrix(t *testing.T) {
 				for _, streamed := range []bool{false, true} {
 					t.Run(cellName(f, &r, mode, streamed), func(t *testing.T) {
 						t.Parallel()
+						r := r
+						r.faults = slices.Clone(r.faults) // delays are scaled for each cell
 						s := newScenario(t, f, &r, mode, streamed)
 						s.setFaults("prefill", r.faults...)
 						s.setFaults("decode", r.decode...)
