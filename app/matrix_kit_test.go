@@ -224,6 +224,9 @@ func (s *scenario) check(r *gatewaytest.Reply, err error, w want) {
 	if w.reasons != nil || w.or != nil {
 		reasons = s.reasons()
 	}
+	if n := len(reasons); s.flavour.atOnce() && r.Status == 200 && n > 0 && reasons[n-1] == "canceled" {
+		reasons[n-1] = "ok" // decode had what it waited for and was done before the prefill's answer was read
+	}
 	for _, other := range w.or {
 		if other.status == r.Status && slices.Equal(other.reasons, reasons) {
 			w = other

@@ -420,7 +420,7 @@ func noDecode(s *scenario) {
 func overBudget(s *scenario) {
 	short := chatBody(20, `,"temperature":0`)
 	s.body, s.want = short, reference(s.t, s.path, short)
-	s.setFaults("prefill", always(simulate.Fault{Kind: "delay", DelayMS: 500})...)
+	s.setFaults("prefill", always(simulate.Fault{Kind: "delay", DelayMS: 3000})...)
 	done := s.start(s.t.Context())
 	eventually(s.t, "the first is held", func() bool { return s.sum("baton_admission_held_bytes") > 0 })
 	body := []byte(chatBody(60, ""))
