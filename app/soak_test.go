@@ -200,7 +200,7 @@ func (s *soak) client(ctx context.Context, rng *rand.Rand) {
 func (s *soak) judge(id string, p prompt, f *fate) {
 	// The budget is for what is held here, which the records tell exactly (see fatesHold). Decode engines whose blocks
 	// never come, since the prefill engine died with them, wait for a timer of their own.
-	limit := soakBudget + s.margin + 2*time.Second // for engines and gateway, which share the machine
+	limit := soakBudget + s.margin
 	if s.flavour.Claims && !s.flavour.EndsDecode {
 		limit += engineTimers
 	}
