@@ -251,6 +251,10 @@ func (s *scenario) check(r *gatewaytest.Reply, err error, w want) {
 		s.t.Errorf("answer cut off: %v, want %v", r.Cut, w.cut)
 	}
 	s.leftWith(w)
+	if s.t.Failed() {
+		record, _ := json.Marshal(s.decision(s.id))
+		s.t.Logf("decision: %s", record)
+	}
 }
 
 // reasons are how the attempts before decode ended, in order.
@@ -286,8 +290,10 @@ func (s *scenario) leftWith(w want) {
 		return true
 	})
 	lost := 0
+	var left []simulate.Leak
 	for _, e := range s.pool.Engines() {
 		lost += len(e.Leaked())
+		left = append(left, e.Leaked()...)
 		for _, d := range e.Deaths() {
 			if d.Reason != "fault" {
 				s.t.Errorf("engine %s died: %+v", e.Name(), d)
@@ -298,6 +304,6 @@ func (s *scenario) leftWith(w want) {
 		expired = min(lost, 1)
 	}
 	if counted := s.sum("baton_sidecar_leaked_prefill_total"); lost != expired || int(counted) != w.leaks {
-		s.t.Errorf("engines lost %d prefills, want %d; the picker counted %v, want %d", lost, expired, counted, w.leaks)
+		s.t.Errorf("engines lost %d prefills, want %d; the picker counted %v, want %d; lost: %+v", lost, expired, counted, w.leaks, left)
 	}
 }

@@ -55,7 +55,7 @@ func mended(reason string) func(f *flavour) want {
 		w := disaggregated
 		w.reasons = []string{reason, "ok"}
 		if f.atOnce() {
-			w.or = []want{late(f, reason)}
+			w.or = []want{late(f, reason), unsent(f, reason)}
 		}
 		return w
 	}
@@ -69,6 +69,15 @@ func late(f *flavour, reason string) want {
 	return want{status: 200, outcome: "fallback-" + reason, orOutcome: "disaggregated", reasons: []string{reason}}
 }
 
+// unsent is a prefill that failed after its request was on its way and right before decode's was: nobody else is asked, and
+// decode goes on alone where it can.
+func unsent(f *flavour, reason string) want {
+	if !f.Aggregates {
+		return late(f, reason)
+	}
+	return want{status: 200, outcome: "fallback-" + reason, reasons: []string{reason}}
+}
+
 // usedUp is what follows when no attempt succeeds; one is for failures after which no other prefiller is asked.
 func usedUp(reason string, attempts int) func(f *flavour) want {
 	return func(f *flavour) want {
@@ -78,9 +87,10 @@ func usedUp(reason string, attempts int) func(f *flavour) want {
 		}
 		if f.atOnce() {
 			for n := 1; n <= attempts; n++ {
-				l := late(f, reason)
-				l.reasons = slices.Repeat([]string{reason}, n)
-				w.or = append(w.or, l)
+				for _, l := range []want{late(f, reason), unsent(f, reason)} {
+					l.reasons = slices.Repeat([]string{reason}, n)
+					w.or = append(w.or, l)
+				}
 			}
 		}
 		return w

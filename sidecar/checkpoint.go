@@ -63,7 +63,7 @@ func (o *Orchestrator) reach(ctx context.Context, out *Outcome, c Checkpoint) {
 func (o *Orchestrator) Forward(ctx context.Context, j *Job, out *Outcome, decode *pool.Endpoint) error {
 	s := o.settings.Load()
 	if reason := o.unfit(s, out, decode); reason != "" {
-		if err := o.withdraw(j, out, reason); err != nil {
+		if err := o.withdraw(s, j, out, reason); err != nil {
 			return err
 		}
 	}
@@ -132,8 +132,9 @@ func (o *Orchestrator) Transferred(ctx context.Context, out *Outcome, served *po
 }
 
 // withdraw takes what the prefill gave out of the decode request: decode goes on alone, if it can, and the prefill is
-// lost.
-func (o *Orchestrator) withdraw(j *Job, out *Outcome, reason string) error {
+// lost. It cannot where the engine has no way back, and must not after a prefill that failed under onFailure fail.
+func (o *Orchestrator) withdraw(s *settings, j *Job, out *Outcome, reason string) error {
+	refused := !out.wire.Aggregates
 	phase := PhaseError{Phase: scheduler.PhasePrefill, Endpoint: out.Prefiller.Hostport, Reason: reason}
 	for i := range out.Attempts {
 		phase.Attempt = max(phase.Attempt, out.Attempts[i].Number)
@@ -141,7 +142,9 @@ func (o *Orchestrator) withdraw(j *Job, out *Outcome, reason string) error {
 	switch {
 	case out.beside:
 		o.orphan(out, reason)
-		phase.Attempt, phase.Status, phase.Err = out.leg.number, out.leg.result.status, out.leg.result.err
+		failed := &out.leg.result
+		phase.Attempt, phase.Status, phase.Err = out.leg.number, failed.status, failed.err
+		refused = refused || reason == failed.reason && s.OnFailure == "fail" && !sequelOf(reason).alone
 	case out.HasHandle:
 		o.lose(out, reason)
 	}
@@ -149,7 +152,7 @@ func (o *Orchestrator) withdraw(j *Job, out *Outcome, reason string) error {
 	out.spliceEncoded(true, j.Body)
 	out.HasHandle, out.beside, out.x = false, false, nil
 	out.Name, out.Headers, out.Prefiller = outcomeFallback+reason, nil, nil
-	if !out.wire.Aggregates {
+	if refused {
 		out.Name = ""
 		return &phase
 	}

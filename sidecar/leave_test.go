@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/inference"
 	"github.com/baton-epp/baton/pool"
 )
@@ -239,6 +240,24 @@ func TestForwardWithdrawsALeg(t *testing.T) {
 	out.HandleUntil = time.Now().Add(-time.Second)
 	_ = p.Forward(t.Context(), j, out, p.d)
 	p.want(1, "leaked_prefill_total", "handle_expired")
+}
+
+// TestLegFailsUnderFail: onFailure fail holds to the last moment, for what another endpoint might have done better.
+func TestLegFailsUnderFail(t *testing.T) {
+	for answer, refused := range map[string]bool{"500 {}": true, "400 {}": false} {
+		p := newParty(t, helping(), func(c *config.Disaggregation) { c.OnFailure = "fail" })
+		pe, say, _ := p.holding("p")
+		j, out := p.begin(pe)
+		say <- answer
+		<-out.Pending()
+		err := p.Forward(t.Context(), j, out, p.d)
+		if _, ok := errors.AsType[*PhaseError](err); ok != refused || (err != nil) != refused {
+			t.Errorf("%s: %+v, %v", answer, out, err)
+		}
+		p.Leave(j, out, false)
+		p.background.Wait()
+		p.idle()
+	}
 }
 
 // TestPanicInALeg reaches the goroutine of the stream, which answers for it.

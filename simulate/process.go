@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -96,28 +95,6 @@ func (p *process) openSide() error {
 	return err
 }
 
-// listen binds addr, waiting shortly for a port that an ended connection still holds.
-func listen(addr string) (net.Listener, error) {
-	deadline := time.Now().Add(3 * time.Second)
-	ctx, cancel := context.WithDeadline(context.Background(), deadline)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		var lc net.ListenConfig
-		ln, err := lc.Listen(ctx, "tcp", addr)
-		if err == nil {
-			return ln, nil
-		}
-		if !isAddrInUse(err) || !time.Now().Before(deadline) {
-			return nil, fmt.Errorf("listen: %w", err)
-		}
-		<-tick.C
-	}
-}
-
-func isAddrInUse(err error) bool { return errors.Is(err, syscall.EADDRINUSE) }
-
 func (p *process) serve(ln net.Listener) {
 	p.connMu.Lock()
 	p.listener = ln
@@ -152,7 +129,8 @@ func (p *process) connState(c net.Conn, s http.ConnState) {
 // stop resets every connection but own, closes the port and cancels all requests. It does not wait.
 func (p *process) stop(own net.Conn) {
 	p.connMu.Lock()
-	if !p.stopped {
+	first := !p.stopped
+	if first {
 		close(p.gone)
 	}
 	p.stopped = true
@@ -171,6 +149,9 @@ func (p *process) stop(own net.Conn) {
 	}
 	if p.side != nil {
 		_ = p.side.Close()
+	}
+	if first {
+		p.e.reserve(p.ports()...)
 	}
 	p.cancel()
 	for _, q := range p.ranks {
@@ -195,6 +176,16 @@ func (p *process) wait() {
 	p.work.Wait()
 }
 
+// ports are the addresses that the process listens on.
+func (p *process) ports() []netip.AddrPort {
+	if p.side == nil {
+		return []netip.AddrPort{p.addr}
+	}
+	p.e.mu.Lock()
+	defer p.e.mu.Unlock()
+	return []netip.AddrPort{p.addr, p.e.sideAddr}
+}
+
 // refuse closes the listener, or opens it again on the same address.
 func (p *process) refuse(on bool) error {
 	p.connMu.Lock()
@@ -209,11 +200,13 @@ func (p *process) refuse(on bool) error {
 		if err != nil {
 			return fmt.Errorf("refuse: %w", err)
 		}
+		p.e.reserve(p.addr)
 	case !on && p.listener == nil:
 		ln, err := listen(p.addr.String())
 		if err != nil {
 			return err
 		}
+		p.e.release()
 		p.srv.SetKeepAlivesEnabled(true)
 		p.listener = ln
 		p.serving.Go(func() { _ = p.srv.Serve(ln) })

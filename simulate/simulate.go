@@ -47,6 +47,7 @@ type Engine struct {
 	sideAddr netip.AddrPort // of the wire's own server, likewise; zero for none
 	current  *process       // nil before Start, after Kill and after Close
 	last     *process       // the process whose goroutines Close and Restart wait for
+	reserved []reservation  // of ports on which the engine does not listen now
 }
 
 // New checks o and returns an engine. It starts nothing.
@@ -103,6 +104,7 @@ func (e *Engine) Close() error {
 	defer e.control.Unlock()
 	e.closed = true
 	e.killLocked()
+	e.release()
 	e.registry.remove(e)
 	return nil
 }
@@ -157,6 +159,7 @@ func (e *Engine) startLocked(addr string) error {
 	e.current, e.last = p, p
 	e.mu.Unlock()
 	p.serve(ln)
+	e.release()
 	e.log.Info("engine started", slog.String("addr", bound.String()), slog.String("engine_id", p.id))
 	return nil
 }

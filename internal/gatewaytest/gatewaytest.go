@@ -96,7 +96,7 @@ func (g *Gateway) Do(ctx context.Context, path string, body []byte, headers ...s
 func (g *Gateway) do(ctx context.Context, path string, body []byte, headers []string) (*Reply, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	// A stream outlives its client by an orderly end: Envoy ends it with END_STREAM and a reset right behind it.
+	// A stream outlives its client by an orderly end, see leave.
 	streamCtx, endStream := context.WithCancel(context.WithoutCancel(ctx))
 	defer endStream()
 	stream, err := g.client.Process(streamCtx)
@@ -105,7 +105,8 @@ func (g *Gateway) do(ctx context.Context, path string, body []byte, headers []st
 	}
 	defer func() { _ = stream.CloseSend() }() // fails only on a stream that has ended
 	x := &exchange{g: g, stream: stream, inbox: make(chan received, 1), ctx: ctx}
-	go x.receive(x.inbox)
+	go x.receive(x.inbox, streamCtx.Done())
+	defer x.leave()
 	header := http.Header{"Content-Type": {"application/json"}}
 	for i := 0; i+1 < len(headers); i += 2 {
 		header.Set(headers[i], headers[i+1])
@@ -137,13 +138,13 @@ type received struct {
 	err error
 }
 
-// receive reads the stream into inbox, so that a message can arrive while the model server is waited for.
-func (x *exchange) receive(inbox chan<- received) {
+// receive reads the stream into inbox until it was ended, so that a message can arrive while the model server is waited for.
+func (x *exchange) receive(inbox chan<- received, ended <-chan struct{}) {
 	for {
 		msg, err := x.stream.Recv()
 		select {
 		case inbox <- received{msg, err}:
-		case <-x.ctx.Done():
+		case <-ended:
 			return
 		}
 		if err != nil {
@@ -167,6 +168,29 @@ func (x *exchange) over() {
 	_ = x.stream.CloseSend() // fails only on a stream that has ended
 	for {
 		if _, err := x.next(); err != nil {
+			return
+		}
+	}
+}
+
+// farewell is how long the reset of a stream whose client left lags behind its END_STREAM. Envoy sends both at once; of
+// which the picker then hears is a matter of luck until the connection has taught it, and no matter for a test.
+const farewell = 500 * time.Millisecond
+
+// leave ends the stream of a client that left; do resets it afterwards.
+func (x *exchange) leave() {
+	if x.ctx.Err() == nil || x.inbox == nil {
+		return
+	}
+	_ = x.stream.CloseSend() // fails only on a stream that has ended
+	late := time.After(farewell)
+	for {
+		select {
+		case r := <-x.inbox:
+			if r.err != nil {
+				return
+			}
+		case <-late:
 			return
 		}
 	}
