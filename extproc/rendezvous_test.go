@@ -21,22 +21,6 @@ import (
 	"github.com/baton-epp/baton/internal/pooltest"
 )
 
-const prefillAlways = `
-apiVersion: llm-d.ai/v1alpha1
-kind: EndpointPickerConfig
-plugins:
-- {type: disagg-profile-handler, parameters: {deciders: {prefill: always-disagg-pd-decider}}}
-- {type: always-disagg-pd-decider}
-- {type: prefill-filter}
-- {type: decode-filter}
-- {type: max-score-picker}
-schedulingProfiles:
-- name: prefill
-  plugins: [{pluginRef: prefill-filter}, {pluginRef: max-score-picker}]
-- name: decode
-  plugins: [{pluginRef: decode-filter}, {pluginRef: max-score-picker}]
-`
-
 // rendezvous is a kit whose prefills run beside decode, between servers that the test plays.
 type rendezvous struct {
 	*kit
@@ -69,7 +53,7 @@ func newRendezvous(t *testing.T, disaggregation string) *rendezvous {
 	t.Cleanup(prefill.Close)
 	t.Cleanup(decode.Close)
 	r.kit = newKit(t, kitOptions{
-		config: prefillAlways + disaggregation,
+		config: prefillConfig + disaggregation,
 		snapshot: pooltest.Snapshot(
 			pooltest.E("p").Role("prefill").Addr(prefill.Listener.Addr().String()),
 			pooltest.E("d").Role("decode").Addr(decode.Listener.Addr().String()),

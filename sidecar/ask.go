@@ -5,7 +5,6 @@ package sidecar
 import (
 	"bytes"
 	"context"
-	"io"
 	"time"
 
 	"github.com/baton-epp/baton/scheduler"
@@ -55,32 +54,10 @@ func (r *run) question(ctx context.Context, asker connectors.Asker, x *connector
 		return result{reason: reasonOfEnd(err, reasonSaturated), err: err}
 	}
 	defer func() { <-slots }()
-	r.o.metrics.sentBytes.WithLabelValues(phase).Add(float64(c.body.Len()))
-	resp, err := r.s.transport.RoundTrip(r.o.post(ctx, r.s, r.j, r.j.Decode, c))
-	if err != nil {
-		return result{reason: reasonOfFailure(ctx, err), err: err}
-	}
-	defer resp.Body.Close()
-	res := result{status: resp.StatusCode, reason: reasonOfStatus(resp.StatusCode)}
-	if res.reason != reasonOK {
-		_, _ = io.CopyN(io.Discard, resp.Body, drainBytes)
-		return res
-	}
-	buf := r.o.buffer()
-	defer r.o.keep(buf)
-	limit := r.s.Prefill.MaxResponseBytes
-	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
-	r.o.metrics.heldBytes.Add(float64(buf.Len()))
-	r.o.metrics.receivedBytes.WithLabelValues(phase).Add(float64(n))
-	switch {
-	case err != nil:
-		res.reason, res.err = reasonOfFailure(ctx, err), err
-	case n > limit:
-		res.reason = reasonTooLarge
-	case len(bytes.TrimSpace(buf.Bytes())) > 0 && asker.Enough(x, buf.Bytes()):
-		res.reason = reasonCached
-	default:
+	return r.o.send(ctx, r.s, phase, r.o.post(ctx, r.s, r.j, r.j.Decode, c), func(answer []byte, res *result) {
 		res.reason = reasonNotCached
-	}
-	return res
+		if len(bytes.TrimSpace(answer)) > 0 && asker.Enough(x, answer) {
+			res.reason = reasonCached
+		}
+	})
 }

@@ -3,10 +3,8 @@
 package sidecar
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -18,14 +16,8 @@ import (
 	"github.com/baton-epp/baton/sidecar/connectors"
 )
 
-const (
-	// drainBytes is how much of an answer that nobody wants is read so that its connection can be kept.
-	drainBytes = 64 << 10
-	// keptBuffer is the largest buffer kept for the next answer.
-	keptBuffer = 64 << 10
-	// maxErrorText bounds the text of an error that is kept with its attempt.
-	maxErrorText = 200
-)
+// maxErrorText bounds the text of an error that is kept with its attempt.
+const maxErrorText = 200
 
 // result is what one attempt came to.
 type result struct {
@@ -141,58 +133,16 @@ func (a *attempt) do(ctx context.Context, request func(context.Context) *http.Re
 	inserted := float64(max(0, req.ContentLength-a.bodyBytes))
 	a.o.metrics.heldBytes.Add(inserted)
 	defer a.o.metrics.heldBytes.Sub(inserted)
-	a.o.metrics.sentBytes.WithLabelValues(phase).Add(float64(req.ContentLength))
 	a.sentAt = time.Now()
-	resp, err := a.s.transport.RoundTrip(req)
-	if err != nil {
-		return result{reason: reasonOfFailure(ctx, err), err: err}
-	}
-	defer resp.Body.Close()
-	res := result{status: resp.StatusCode, answered: time.Now(), reason: reasonOfStatus(resp.StatusCode)}
-	if res.reason != reasonOK {
-		_, _ = io.CopyN(io.Discard, resp.Body, drainBytes)
-		return res
-	}
-	a.read(ctx, resp, &res)
-	return res
+	return a.o.send(ctx, a.s, phase, req, a.read)
 }
 
 // read reads the body of a 200.
-func (a *attempt) read(ctx context.Context, resp *http.Response, res *result) {
-	buf := a.o.buffer()
-	defer a.o.keep(buf)
-	limit := a.s.Prefill.MaxResponseBytes
-	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
-	a.o.metrics.heldBytes.Add(float64(buf.Len()))
-	a.o.metrics.receivedBytes.WithLabelValues(scheduler.PhasePrefill.String()).Add(float64(n))
-	switch {
-	case err != nil:
-		res.reason, res.err = reasonOfFailure(ctx, err), err
-		return
-	case n > limit:
-		res.reason = reasonTooLarge
-		return
-	}
-	res.answer = a.wire.Answer(a.x, buf.Bytes())
+func (a *attempt) read(answer []byte, res *result) {
+	res.answer = a.wire.Answer(a.x, answer)
 	res.reason = reasonOfVerdict(res.answer.Verdict)
 	if res.reason == reasonOK && !a.beside && time.Since(res.answered) > a.s.HandleMaxAge {
 		res.reason = reasonExpired
-	}
-}
-
-// buffer returns an empty buffer for an answer; keep takes it back.
-func (o *Orchestrator) buffer() *bytes.Buffer {
-	if buf, ok := o.buffers.Get().(*bytes.Buffer); ok {
-		return buf
-	}
-	return new(bytes.Buffer)
-}
-
-func (o *Orchestrator) keep(buf *bytes.Buffer) {
-	o.metrics.heldBytes.Sub(float64(buf.Len()))
-	if buf.Cap() <= keptBuffer {
-		buf.Reset()
-		o.buffers.Put(buf)
 	}
 }
 

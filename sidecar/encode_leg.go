@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"runtime/debug"
 	"strconv"
 	"sync"
@@ -196,41 +194,13 @@ func (f *fanOut) exchange(ctx context.Context, i int, it *item, e *pool.Endpoint
 		return result{reason: reasonOfEnd(err, reasonSaturated), err: err}
 	}
 	defer func() { <-slots }()
-	f.o.metrics.sentBytes.WithLabelValues(scheduler.PhaseEncode.String()).Add(float64(it.body.Len))
 	// A name of its own: engines name what they compute after the request, and two at once must not share it.
 	id := f.j.Request.ID + "-enc-" + strconv.Itoa(i)
 	c := call{path: enginePath(inference.Chat), id: id, body: parts{it.body}, attempt: number}
-	resp, err := f.s.transport.RoundTrip(f.o.post(ctx, f.s, f.j, e, c))
-	if err != nil {
-		return result{reason: reasonOfFailure(ctx, err), err: err}
-	}
-	defer resp.Body.Close()
-	res := result{status: resp.StatusCode, answered: time.Now(), reason: reasonOfStatus(resp.StatusCode)}
-	if res.reason != reasonOK {
-		_, _ = io.CopyN(io.Discard, resp.Body, drainBytes)
-		return res
-	}
-	f.read(ctx, resp, it, &res)
-	return res
-}
-
-// read reads the body of a 200.
-func (f *fanOut) read(ctx context.Context, resp *http.Response, it *item, res *result) {
-	buf := f.o.buffer()
-	defer f.o.keep(buf)
-	limit := f.s.Prefill.MaxResponseBytes
-	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
-	f.o.metrics.heldBytes.Add(float64(buf.Len()))
-	f.o.metrics.receivedBytes.WithLabelValues(scheduler.PhaseEncode.String()).Add(float64(n))
-	switch {
-	case err != nil:
-		res.reason, res.err = reasonOfFailure(ctx, err), err
-	case n > limit:
-		res.reason = reasonTooLarge
-	default:
-		res.answer = f.enc.encoder.Answer(&f.enc.x, it.media, buf.Bytes())
+	return f.o.send(ctx, f.s, scheduler.PhaseEncode.String(), f.o.post(ctx, f.s, f.j, e, c), func(answer []byte, res *result) {
+		res.answer = f.enc.encoder.Answer(&f.enc.x, it.media, answer)
 		res.reason = reasonOfVerdict(res.answer.Verdict)
-	}
+	})
 }
 
 // keep takes an item's handle; false when the request's handles together are larger than one answer may be.

@@ -73,30 +73,12 @@ func TestGoldenLegs(t *testing.T) {
 				t.Fatal(err)
 			}
 			prefill, decode := legs(t, apis[name], client)
-			golden(t, name+".prefill.golden.json", prefill)
-			golden(t, name+".decode.golden.json", decode)
+			compare(t, "nixlv2/"+name+".prefill.golden.json", prefill)
+			compare(t, "nixlv2/"+name+".decode.golden.json", decode)
 			if !bytes.Contains(decode, []byte(handle)) {
 				t.Error("the handle is not in the decode leg byte for byte")
 			}
 		})
-	}
-}
-
-func golden(t *testing.T, name string, got []byte) {
-	t.Helper()
-	file := filepath.Join("testdata/nixlv2", name)
-	if *update {
-		if err := os.WriteFile(file, got, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), string(got)); diff != "" {
-		t.Errorf("%s (-want +got):\n%s", name, diff)
 	}
 }
 
