@@ -20,10 +20,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/director"
 	"github.com/baton-epp/baton/internal/envoytest"
 	"github.com/baton-epp/baton/manifests/envoy"
 	"github.com/baton-epp/baton/pool"
+	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/simulate"
 )
 
@@ -64,11 +66,20 @@ type stackOptions struct {
 	values  func(*envoy.Values)
 	rewrite func(string) string // of the rendered Envoy configuration, for gateways unlike ours
 	config  string              // what follows the plugins that every test has
+	spy     func()              // called whenever decode endpoints are scored
 	whole   string              // the whole configuration, instead
 	decider string              // of prefill; default always-disagg-pd-decider
 	options func(*Options)
 	noEnvoy bool
 	pickers int // replicas; default 1
+}
+
+// spy is a scorer that likes everybody and calls a test.
+type spy func()
+
+func (f spy) Score(_ *scheduler.Cycle, _ []scheduler.Candidate, out []float64) {
+	clear(out)
+	f()
 }
 
 // fast is a pool whose requests take milliseconds.
@@ -154,6 +165,10 @@ func (s *stack) endpointsFile() string { return filepath.Join(s.dir, "endpoints.
 func (s *stack) writeConfig(extra string) {
 	s.t.Helper()
 	text := fmt.Sprintf(testConfig, s.options.decider, extra)
+	if s.options.spy != nil {
+		text = strings.Replace(text, "- {type: queue-scorer}", "- {type: queue-scorer}\n- {type: spy}", 1)
+		text = strings.Replace(text, "{pluginRef: decode-filter}", "{pluginRef: decode-filter}, {pluginRef: spy}", 1)
+	}
 	if s.options.whole != "" {
 		text = s.options.whole + extra
 	}
@@ -181,6 +196,9 @@ func (s *stack) startPicker(change func(*Options)) *picker {
 	o.SecureServing, o.EnableDebug = false, true
 	o.DrainDelay, o.DrainTimeout = 0, 5*time.Second
 	o.Logger = slog.New(slog.NewTextHandler(testWriter{s.t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	if call := s.options.spy; call != nil {
+		o.Plugins = scheduler.Registry{"spy": func(*scheduler.Builder, config.Parameters) (any, error) { return spy(call), nil }}
+	}
 	if change != nil {
 		change(&o)
 	}

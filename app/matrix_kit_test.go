@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -84,6 +85,9 @@ type scenario struct {
 	body     string
 	want     string // the answer's text when nothing is broken
 	last     *gatewaytest.Reply
+	calls    atomic.Int64       // of the spy
+	leave    context.CancelFunc // of the client that the row's spy makes leave
+	left     chan struct{}      // closed when it has
 }
 
 // want is what a row expects.
@@ -130,16 +134,24 @@ func newScenario(t *testing.T, f *flavour, r *row, mode procv3.ProcessingMode_Bo
 			settings = append(settings, more)
 		}
 	}
-	s := newStack(t, stackOptions{
-		noEnvoy: true, pool: o,
+	sc := &scenario{flavour: f, mode: mode, streamed: streamed, id: "r", path: "/v1/chat/completions"}
+	var spied func()
+	if r.spy != nil {
+		spied = func() {
+			if sc.calls.Add(1) == int64(r.spyAt) {
+				r.spy(sc)
+			}
+		}
+	}
+	sc.stack = newStack(t, stackOptions{
+		noEnvoy: true, pool: o, spy: spied,
 		config: "disaggregation: {" + strings.Join(settings, ", ") + "}\n" + r.sections,
 	})
-	sc := &scenario{stack: s, flavour: f, mode: mode, streamed: streamed, id: "r", path: "/v1/chat/completions"}
 	sc.body = chatBody(100, fmt.Sprintf(`,"temperature":0,"stream":%v`, streamed))
 	sc.want = reference(t, sc.path, sc.body)
 	var err error
 	sc.gateway, err = gatewaytest.New(gatewaytest.Options{
-		Picker: s.app.Addr().String(), Request: mode, Response: gatewaytest.None,
+		Picker: sc.app.Addr().String(), Request: mode, Response: gatewaytest.None,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -26,6 +26,8 @@ type row struct {
 	faults   []simulate.Fault      // of the prefill endpoints
 	decode   []simulate.Fault      // of the decode endpoints
 	applies  func(f *flavour) bool // nil = every wire
+	spy      func(s *scenario)     // called when decode is scored for the spyAt-th time
+	spyAt    int
 	// run sends the request and checks; nil sends it once and compares with want.
 	run  func(s *scenario)
 	want func(f *flavour) want
@@ -72,7 +74,7 @@ func late(f *flavour, reason string) want {
 // unsent is a prefill that failed after its request was on its way and right before decode's was: nobody else is asked, and
 // decode goes on alone where it can.
 func unsent(f *flavour, reason string) want {
-	if !f.Aggregates {
+	if !f.Aggregates || !f.EndsDecode {
 		return late(f, reason)
 	}
 	return want{status: 200, outcome: "fallback-" + reason, reasons: []string{reason}}
@@ -185,6 +187,26 @@ func rows() []row {
 			},
 		},
 		{name: "client gone during prefill", leaky: true, faults: always(simulate.Fault{Kind: "delay", DelayMS: 5000}), run: clientGone},
+		{
+			name: "client gone before decode left", leaky: true, applies: repicked, config: "decodePick: after", spy: leaves, spyAt: 2,
+			run: func(s *scenario) { clientGoneBetween(s, false) },
+		},
+		{
+			name: "client gone before decode left, reclaimed", applies: func(f *flavour) bool { return repicked(f) && f.Claims && !f.atOnce() },
+			config: "decodePick: after, reclaim: true", spy: leaves, spyAt: 2,
+			run: func(s *scenario) { clientGoneBetween(s, true) },
+		},
+		{name: "panic in a plugin", spy: panics, spyAt: 1, want: refusal(500, "internal-error")},
+		{
+			name: "panic in a plugin after prefill", leaky: true, applies: repicked, config: "decodePick: after", spy: panics, spyAt: 2,
+			want: func(f *flavour) want {
+				w := want{status: 500, dropped: "internal-error", reasons: []string{"ok"}}
+				if f.Claims {
+					w.leaks, w.expired = 1, 1
+				}
+				return unmet(f, w)
+			},
+		},
 		{name: "client gone during decode", engine: func(o *simulate.Options) { o.InterToken = 100 * time.Millisecond }, run: clientGoneDecoding},
 		{
 			name: "decode 500 before it read the body", leaky: true, decode: []simulate.Fault{{Kind: "status", Status: 500}},
@@ -372,6 +394,56 @@ func clientGone(s *scenario) {
 	if n := len(s.prefills()); n != 1 {
 		s.t.Errorf("%d prefills, want the one that was cancelled", n)
 	}
+}
+
+// repicked: with decodePick: after, decode is chosen anew once prefill is over or under way.
+func repicked(f *flavour) bool { return !f.NeedsDecode }
+
+func panics(*scenario) { panic("a plugin's bug") }
+
+// leaves ends the client while decode is chosen after prefill, and lets the picker have time to hear of it.
+func leaves(s *scenario) {
+	s.leave()
+	<-s.left
+	<-time.After(300 * time.Millisecond)
+}
+
+// clientGoneBetween: prefill is over, and nobody waits for decode any more.
+func clientGoneBetween(s *scenario, reclaim bool) {
+	var w want
+	var reclaimed int
+	for tries := 1; ; tries++ {
+		var ctx context.Context
+		ctx, s.leave = context.WithCancel(s.t.Context())
+		s.left = make(chan struct{})
+		s.calls.Store(0)
+		r, err := s.do(ctx)
+		close(s.left)
+		if !errors.Is(err, context.Canceled) {
+			s.t.Errorf("reply %+v, error %v", r, err)
+		}
+		eventually(s.t, "no stream left", func() bool { return s.app.server.Streams() == 0 })
+		switch {
+		case s.flavour.atOnce():
+			if w.expired = -2; s.sum("baton_sidecar_leaked_prefill_total") == 1 { // it was over; else it is cancelled
+				w.leaks, w.expired = 1, 1
+			}
+		case s.flavour.Claims:
+			w.leaks++
+			w.expired++
+		}
+		// When the end of a stream is heard of is the machine's affair; one that is heard of too late is no reason to reclaim.
+		if reclaimed = int(s.sum("baton_sidecar_reclaims_total")); !reclaim || reclaimed > 0 || tries == 5 {
+			break
+		}
+	}
+	if reclaim && reclaimed == 0 {
+		s.t.Error("nothing was reclaimed")
+	}
+	if w.expired > 0 {
+		w.expired -= reclaimed
+	}
+	s.leftWith(w)
 }
 
 func clientGoneDecoding(s *scenario) {

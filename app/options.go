@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"time"
+
+	"github.com/baton-epp/baton/scheduler"
 )
 
 // Options are what the command line sets. Names and defaults follow llm-d's flags where they mean the same.
@@ -41,6 +43,9 @@ type Options struct {
 	MaxSendMsgSize         int           // bytes, 0 = fits limits.maxBodyBytes
 	DisableSubsetFilter    bool
 	PoolName               string // label name of the pool gauges
+
+	// Plugins are scheduling plugins beside Baton's own, by type, for programs that bring theirs.
+	Plugins scheduler.Registry
 
 	Tracing bool // spans by OTLP; off unless OTEL_ variables are set
 	Version string

@@ -29,7 +29,7 @@ var errNoSource = errors.New("no source of endpoints: pass --endpoints-file, or 
 // buildPool makes the scheduler, the store of endpoints and the scraper.
 func (a *App) buildPool() error {
 	var err error
-	if a.scheduler, err = newScheduler(a.config, a.opts.ConfigFile, a.registry, a.opts.EnableDebug, a.opts.MetricsNames); err != nil {
+	if a.scheduler, err = newScheduler(a.config, &a.opts, a.opts.ConfigFile, a.registry); err != nil {
 		return err
 	}
 	a.warn(a.scheduler.Warnings())
@@ -64,10 +64,10 @@ func (a *App) forget(gone *pool.Endpoint) {
 }
 
 // newScheduler builds a scheduler of all plugin registries.
-func newScheduler(c *config.Config, file string, reg prometheus.Registerer, trace bool, names string) (*scheduler.Scheduler, error) {
+func newScheduler(c *config.Config, o *Options, file string, reg prometheus.Registerer) (*scheduler.Scheduler, error) {
 	return scheduler.New(scheduler.Options{
-		Config: c, File: file, Metrics: reg, MetricNames: names, Trace: trace,
-		Plugins: []scheduler.Registry{scorers.Registry(), filters.Registry(), pickers.Registry()},
+		Config: c, File: file, Metrics: reg, MetricNames: o.MetricsNames, Trace: o.EnableDebug,
+		Plugins: []scheduler.Registry{scorers.Registry(), filters.Registry(), pickers.Registry(), o.Plugins},
 	})
 }
 
@@ -174,7 +174,7 @@ func inFile(file string, err error) error {
 // checkParts builds what a configuration describes and throws it away, so that every problem shows.
 func checkParts(c *config.Config, file string) (warnings []string, err error) {
 	reg, log := prometheus.NewRegistry(), slog.New(slog.DiscardHandler)
-	sched, err := newScheduler(c, file, reg, false, "")
+	sched, err := newScheduler(c, new(Options), file, reg)
 	if err == nil {
 		warnings = sched.Warnings()
 	}
