@@ -179,9 +179,8 @@ func (s *scenario) encodedAs(r *encodeRow, status int) {
 		}
 	}
 	slices.Sort(reasons)
-	slices.Sort(r.reasons)
-	if r.reasons != nil && !slices.Equal(reasons, r.reasons) {
-		s.t.Errorf("encode attempts %v, want %v", reasons, r.reasons)
+	if want := slices.Sorted(slices.Values(r.reasons)); want != nil && !slices.Equal(reasons, want) { // rows are shared
+		s.t.Errorf("encode attempts %v, want %v", reasons, want)
 	}
 	if status != 200 {
 		return
