@@ -229,7 +229,7 @@ func TestDebugPages(t *testing.T) {
 	}
 	var endpoints []endpointView
 	_, text := get("/debug/endpoints")
-	if err := json.Unmarshal(text, &endpoints); err != nil || len(endpoints) != 4 || endpoints[0].Role != "prefill" {
+	if err := json.Unmarshal(text, &endpoints); err != nil || len(endpoints) != 4 || endpoints[0].Role != "prefill" || endpoints[0].Engine != "vllm" {
 		t.Errorf("endpoints: %v, %+v", err, endpoints)
 	}
 	if code, _ := get("/debug/decisions?n=0"); code != http.StatusBadRequest {

@@ -144,6 +144,10 @@ type endpointView struct {
 	InFlight     int64             `json:"in_flight"`
 	Tokens       int64             `json:"in_flight_tokens"`
 	KVExpired    float64           `json:"kv_expired"`
+	Engine       string            `json:"engine"`
+	// What earlier prefills there have shown; 0 while nothing is known.
+	PrefillSpeed float64 `json:"prefill_tokens_per_second"`
+	PrefillWait  float64 `json:"prefill_queue_seconds"`
 }
 
 // serveEndpoints is GET /debug/endpoints: the pool as the scheduler sees it now.
@@ -159,6 +163,7 @@ func serveEndpoints(snapshot func() *pool.Snapshot) http.HandlerFunc {
 				Ready: standing != pool.NotReady, Standing: standing.String(), Fresh: m.Fresh(now),
 				Queue: m.Waiting, Running: m.Running, KVCacheUsage: m.KVCacheUsage,
 				InFlight: e.Load.Requests(), Tokens: e.Load.Tokens(), KVExpired: m.KVExpired,
+				Engine: e.Engine, PrefillSpeed: e.Pace.TokensPerSecond(), PrefillWait: e.Pace.Queue(now).Seconds(),
 			})
 		}
 		writeJSON(w, views)

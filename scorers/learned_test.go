@@ -3,6 +3,7 @@
 package scorers_test
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -40,8 +41,12 @@ func TestWarmPair(t *testing.T) {
 }
 
 func TestPrefillTime(t *testing.T) {
-	f := func(name string, change func(c []scheduler.Candidate), want ...float64) {
+	f := func(name string, change func(c []scheduler.Candidate), seconds ...float64) {
 		t.Helper()
+		var want []float64
+		for _, t := range seconds {
+			want = append(want, (slices.Min(seconds)+.01)/(t+.01))
+		}
 		t.Run(name, func(t *testing.T) {
 			t.Helper()
 			cy := cycle()
@@ -53,25 +58,30 @@ func TestPrefillTime(t *testing.T) {
 	}
 	speed := func(c *scheduler.Candidate, tokens int64) { c.Endpoint.Pace.Prefilled(tokens, time.Second) }
 	f("nothing learned, nothing in flight", func([]scheduler.Candidate) {}, 1, 1, 1)
-	f("nothing learned: tokens decide", func(c []scheduler.Candidate) { c[1].Tokens, c[2].Tokens = 6400, 12800 }, 1, .5, 0)
-	f("speeds", func(c []scheduler.Candidate) { speed(&c[0], 6400); speed(&c[1], 3200); speed(&c[2], 1600) }, 1, 2./3, 0)
+	f("nothing learned: tokens decide", func(c []scheduler.Candidate) { c[1].Tokens, c[2].Tokens = 6400, 12800 }, 6400, 12800, 19200)
+	f("speeds", func(c []scheduler.Candidate) { speed(&c[0], 6400); speed(&c[1], 3200); speed(&c[2], 1600) }, 1, 2, 4)
 	f("an unknown speed is the mean of the others", func(c []scheduler.Candidate) {
 		speed(&c[0], 12800)
-		speed(&c[1], 6400) // 0.5 s and 1 s; the unknown one at 9,600 takes 2/3 s
-	}, 1, 0, 2./3)
-	f("one known: all as fast as it", func(c []scheduler.Candidate) { speed(&c[0], 6400); c[1].Tokens = 6400 }, 1, 0, 1)
+		speed(&c[1], 6400) // the unknown one is at 9,600
+	}, .5, 1, 2./3)
+	f("one known: all as fast as it", func(c []scheduler.Candidate) { speed(&c[0], 6400); c[1].Tokens = 6400 }, 1, 2, 1)
 	f("tokens in flight", func(c []scheduler.Candidate) {
 		for i := range c {
 			speed(&c[i], 6400)
 		}
 		c[0].Tokens, c[1].Tokens = 3200, 12800
-	}, .75, 0, 1)
+	}, 1.5, 3, 1)
 	f("cached tokens", func(c []scheduler.Candidate) {
 		for i := range c {
 			speed(&c[i], 6400)
 		}
 		c[0].Matched[0], c[1].Matched[0] = 25, 100
-	}, .25, 1, 0)
+	}, .75, 0, 1)
+	f("speeds that differ by what noise does", func(c []scheduler.Candidate) {
+		speed(&c[0], 6400)
+		speed(&c[1], 6464)
+		speed(&c[2], 6400)
+	}, 1, 6400.0/6464, 1)
 }
 
 // TestPrefillTimeSeesTheWait: and believes it less, the longer nobody has seen it.
@@ -87,7 +97,14 @@ func TestPrefillTimeSeesTheWait(t *testing.T) {
 	cands[1].Tokens = 6400 // a second of work
 	cy := cycle()
 	cy.Prompts[0] = scheduler.Prompt{Blocks: 100, BlockSize: 64, Tokens: 6400}
-	check(t, s, cy, cands, 0, 1)
+	out := make([]float64, 2)
+	s.Score(cy, cands, out)
+	if out[0] > .6 || out[1] != 1 {
+		t.Errorf("%v: want the one that nobody waits for", out)
+	}
 	cy.Now = cy.Now.Add(time.Minute)
-	check(t, s, cy, cands, 1, 0)
+	s.Score(cy, cands, out)
+	if out[0] != 1 || out[1] > .6 {
+		t.Errorf("%v: want the one that nobody has waited for of late", out)
+	}
 }

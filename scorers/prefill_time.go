@@ -7,8 +7,12 @@ import (
 	"github.com/baton-epp/baton/scheduler"
 )
 
-// prefillTime is prefill-time-scorer, Baton's own: (max − t) / (max − min) over the candidates, all equal 1, where t is
-// the predicted time of this request's prefill: the learned wait, or the tokens in flight by our own count at the learned
+// prefillTimeNoise is the difference between two predictions that says nothing, in seconds: learned speeds vary by more than
+// that between requests. Our own choice.
+const prefillTimeNoise = 0.01
+
+// prefillTime is prefill-time-scorer, Baton's own: (min + 10 ms) / (t + 10 ms), so that an endpoint that is twice as slow
+// has half the score, and the slower of two that are nearly alike loses next to nothing; t is the predicted time of this request's prefill: the learned wait, or the tokens in flight by our own count at the learned
 // speed if that is longer, and the uncached tokens at that speed (pool.Pace). Unknown: the mean of the speeds that are
 // known, so that a new endpoint is neither shunned nor stormed; where none is known, tokens alone decide.
 type prefillTime struct {
@@ -33,6 +37,9 @@ func newPrefillTime(b *scheduler.Builder, raw config.Parameters) (any, error) {
 
 // Score implements [scheduler.Scorer].
 func (s *prefillTime) Score(cy *scheduler.Cycle, cands []scheduler.Candidate, out []float64) {
+	if len(out) == 0 {
+		return
+	}
 	sum, known := 0.0, 0
 	for i := range cands { // read once: requests that end meanwhile teach new speeds
 		out[i] = cands[i].Endpoint.Pace.TokensPerSecond()
@@ -52,5 +59,11 @@ func (s *prefillTime) Score(cy *scheduler.Cycle, cands []scheduler.Candidate, ou
 		}
 		out[i] = cands[i].PrefillSeconds(cy.Now, cy.Prompts[s.column].UncachedTokens(cands[i].Matched[s.column]), speed)
 	}
-	spread(out)
+	fastest := out[0]
+	for _, t := range out {
+		fastest = min(fastest, t)
+	}
+	for i, t := range out {
+		out[i] = (fastest + prefillTimeNoise) / (t + prefillTimeNoise)
+	}
 }

@@ -317,7 +317,7 @@ func FuzzMembers(f *testing.F) {
 		object = strings.TrimSpace(object)
 		var want map[string]json.RawMessage
 		if json.Unmarshal([]byte(object), &want) != nil || object[0] != '{' {
-			t.Skip()
+			t.Skip("no JSON object")
 		}
 		names := []string{"remote_host", "remote_port", ""}
 		found := make([]inference.Span, len(names))
