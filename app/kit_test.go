@@ -74,7 +74,7 @@ type stackOptions struct {
 	pickers int // replicas; default 1
 }
 
-// spy is a scorer that likes everybody and calls a test.
+// spy is a scorer that likes all the same and calls a test.
 type spy func()
 
 func (f spy) Score(_ *scheduler.Cycle, _ []scheduler.Candidate, out []float64) {

@@ -106,7 +106,11 @@ func failed(reason string, attempts int) func(f *flavour) want {
 		if f.atOnce() {
 			for n := 1; n <= attempts; n++ {
 				l := late(f, reason)
-				l.reasons = slices.Repeat([]string{reason}, n)
+				if l.reasons = slices.Repeat([]string{reason}, n); n < attempts { // right before decode was sent
+					early := w
+					early.reasons = l.reasons
+					w.or = append(w.or, early)
+				}
 				w.or = append(w.or, l)
 			}
 		}
@@ -439,6 +443,11 @@ func clientGoneBetween(s *scenario, reclaim bool) {
 	}
 	if reclaim && reclaimed == 0 {
 		s.t.Error("nothing was reclaimed")
+	}
+	for _, e := range s.engines("decode") {
+		if n := len(e.Bodies()); !reclaim && n > 0 {
+			s.t.Errorf("%d requests at %s", n, e.Name())
+		}
 	}
 	if w.expired > 0 {
 		w.expired -= reclaimed

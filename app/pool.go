@@ -145,7 +145,7 @@ func Check(file string) (resolved []byte, warnings []string, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	warnings, err = checkParts(c, file)
+	warnings, err = checkParts(c, file, nil)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -171,10 +171,11 @@ func inFile(file string, err error) error {
 	return fmt.Errorf("%s: %w", file, err)
 }
 
-// checkParts builds what a configuration describes and throws it away, so that every problem shows.
-func checkParts(c *config.Config, file string) (warnings []string, err error) {
+// checkParts builds what a configuration describes and throws it away, so that every problem shows. plugins are those that
+// the program brings (Options.Plugins).
+func checkParts(c *config.Config, file string, plugins scheduler.Registry) (warnings []string, err error) {
 	reg, log := prometheus.NewRegistry(), slog.New(slog.DiscardHandler)
-	sched, err := newScheduler(c, new(Options), file, reg)
+	sched, err := newScheduler(c, &Options{Plugins: plugins}, file, reg)
 	if err == nil {
 		warnings = sched.Warnings()
 	}

@@ -60,7 +60,7 @@ func (a *App) reload(text []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, err := checkParts(next, a.opts.ConfigFile); err != nil {
+	if _, err := checkParts(next, a.opts.ConfigFile, a.opts.Plugins); err != nil {
 		return err
 	}
 	if err := a.orchestrator.Reload(next.Disaggregation); err != nil {

@@ -58,8 +58,8 @@ func (o *Orchestrator) reach(ctx context.Context, out *Outcome, c Checkpoint) {
 // Forward is called right before the decode request leaves for decode, which need not be the endpoint that Run was
 // told of; afterwards out and the edits in j.Body are final. It keeps the rules of what travels with the request: a handle
 // that is too old, that was forwarded before, that decode's engine cannot read or that was made for another endpoint is
-// taken out again, counted as leaked, and decode goes on alone. A *[PhaseError] (502) says that it cannot. It waits for
-// nothing but the end of what it cancels.
+// taken out again, counted as leaked, and decode goes on alone. A *[PhaseError] (502) or [ErrBudgetSpent] says that it
+// cannot, or must not (onFailure: fail). It waits for nothing but the end of what it cancels.
 func (o *Orchestrator) Forward(ctx context.Context, j *Job, out *Outcome, decode *pool.Endpoint) error {
 	s := o.settings.Load()
 	if reason := o.unfit(s, out, decode); reason != "" {
@@ -135,16 +135,20 @@ func (o *Orchestrator) Transferred(ctx context.Context, out *Outcome, served *po
 // lost. It cannot where the engine has no way back, and must not after a prefill that failed under onFailure fail.
 func (o *Orchestrator) withdraw(s *settings, j *Job, out *Outcome, reason string) error {
 	refused := !out.wire.Aggregates
-	phase := PhaseError{Phase: scheduler.PhasePrefill, Endpoint: out.Prefiller.Hostport, Reason: reason}
+	phase := &PhaseError{Phase: scheduler.PhasePrefill, Endpoint: out.Prefiller.Hostport, Reason: reason}
 	for i := range out.Attempts {
 		phase.Attempt = max(phase.Attempt, out.Attempts[i].Number)
 	}
+	var answer error = phase
 	switch {
 	case out.beside:
 		o.orphan(out, reason)
-		failed := &out.leg.result
-		phase.Attempt, phase.Status, phase.Err = out.leg.number, failed.status, failed.err
-		refused = refused || reason == failed.reason && s.OnFailure == "fail" && !sequelOf(reason).alone
+		l := out.leg
+		phase.Attempt, phase.Status, phase.Err = l.number, l.result.status, l.result.err
+		if reason == l.result.reason { // it failed, and was not cancelled by us
+			refused = refused || s.OnFailure == "fail" && !sequelOf(reason).alone
+			answer = l.failure()
+		}
 	case out.HasHandle:
 		o.lose(out, reason)
 	}
@@ -154,7 +158,7 @@ func (o *Orchestrator) withdraw(s *settings, j *Job, out *Outcome, reason string
 	out.Name, out.Headers, out.Prefiller = outcomeFallback+reason, nil, nil
 	if refused {
 		out.Name = ""
-		return &phase
+		return answer
 	}
 	o.metrics.fallbacks.WithLabelValues(reason).Inc()
 	return nil

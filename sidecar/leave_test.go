@@ -244,20 +244,43 @@ func TestForwardWithdrawsALeg(t *testing.T) {
 
 // TestLegFailsUnderFail: onFailure fail holds to the last moment, for what another endpoint might have done better.
 func TestLegFailsUnderFail(t *testing.T) {
-	for answer, refused := range map[string]bool{"500 {}": true, "400 {}": false} {
-		p := newParty(t, helping(), func(c *config.Disaggregation) { c.OnFailure = "fail" })
-		pe, say, _ := p.holding("p")
-		j, out := p.begin(pe)
-		say <- answer
-		<-out.Pending()
-		err := p.Forward(t.Context(), j, out, p.d)
-		if _, ok := errors.AsType[*PhaseError](err); ok != refused || (err != nil) != refused {
-			t.Errorf("%s: %+v, %v", answer, out, err)
-		}
-		p.Leave(j, out, false)
-		p.background.Wait()
-		p.idle()
+	for _, c := range []struct {
+		answer    string
+		name      string // of the outcome
+		fallbacks float64
+	}{{"500 {}", "", 0}, {"400 {}", "fallback-rejected", 1}} {
+		t.Run(c.answer, func(t *testing.T) {
+			p := newParty(t, helping(), func(c *config.Disaggregation) { c.OnFailure = "fail" })
+			pe, say, _ := p.holding("p")
+			j, out := p.begin(pe)
+			say <- c.answer
+			<-out.Pending()
+			err := p.Forward(t.Context(), j, out, p.d)
+			if _, ok := errors.AsType[*PhaseError](err); ok != (c.name == "") || (err != nil) != ok || out.Name != c.name {
+				t.Errorf("%+v, %v", out, err)
+			}
+			p.Leave(j, out, false)
+			p.background.Wait()
+			p.idle()
+			if n := p.metric("fallbacks_total"); n != c.fallbacks {
+				t.Errorf("%v fallbacks counted", n)
+			}
+		})
 	}
+}
+
+// TestLegEndsWithTheBudget right before decode is sent: 504 as everywhere, where decode must not go on.
+func TestLegEndsWithTheBudget(t *testing.T) {
+	p := newParty(t, waiting(), func(c *config.Disaggregation) { c.Budget = time.Second })
+	pe, _, _ := p.holding("p")
+	j, out := p.begin(pe)
+	<-out.Pending()
+	if err := p.Forward(t.Context(), j, out, p.d); !errors.Is(err, ErrBudgetSpent) {
+		t.Errorf("%+v, %v", out, err)
+	}
+	p.Leave(j, out, false)
+	p.background.Wait()
+	p.idle()
 }
 
 // TestPanicInALeg reaches the goroutine of the stream, which answers for it.

@@ -59,10 +59,10 @@ func reserve(addr netip.AddrPort) (reservation, bool) {
 	}
 	// Lets listen bind the port beside us, and us beside connections that are not quite over.
 	err = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1)
-	// A listener is really closed only when its Accept has returned.
 	if err == nil {
 		err = syscall.Bind(fd, at)
 	}
+	// The listener may be there for a moment more: its Accept has not returned, or a child process has it until it starts.
 	for end := time.Now().Add(closing); isAddrInUse(err) && time.Now().Before(end); err = syscall.Bind(fd, at) {
 		<-time.After(time.Millisecond)
 	}
@@ -77,11 +77,11 @@ func (r reservation) release() { _ = syscall.Close(r.fd) } // nothing was writte
 
 // reserve keeps the ports until the engine listens there again or is closed.
 func (e *Engine) reserve(ports ...netip.AddrPort) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	for _, at := range ports {
 		if r, ok := reserve(at); ok {
+			e.mu.Lock()
 			e.reserved = append(e.reserved, r)
+			e.mu.Unlock()
 		}
 	}
 }

@@ -40,6 +40,7 @@ type process struct {
 	open     map[net.Conn]struct{}
 	listener net.Listener // nil while the engine refuses connections
 	stopped  bool
+	served   bool // it listened: its ports are to be kept
 
 	enc encoder // has its own lock
 
@@ -97,7 +98,7 @@ func (p *process) openSide() error {
 
 func (p *process) serve(ln net.Listener) {
 	p.connMu.Lock()
-	p.listener = ln
+	p.listener, p.served = ln, true
 	p.connMu.Unlock()
 	p.serving.Go(func() {
 		if err := p.srv.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
@@ -130,6 +131,7 @@ func (p *process) connState(c net.Conn, s http.ConnState) {
 func (p *process) stop(own net.Conn) {
 	p.connMu.Lock()
 	first := !p.stopped
+	keep := first && p.served
 	if first {
 		close(p.gone)
 	}
@@ -150,10 +152,10 @@ func (p *process) stop(own net.Conn) {
 	if p.side != nil {
 		_ = p.side.Close()
 	}
-	if first {
+	p.cancel()
+	if keep {
 		p.e.reserve(p.ports()...)
 	}
-	p.cancel()
 	for _, q := range p.ranks {
 		q.mu.Lock()
 		q.stopLeasesLocked()

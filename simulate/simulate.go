@@ -154,12 +154,12 @@ func (e *Engine) startLocked(addr string) error {
 		p.stop(nil)
 		return errors.Join(fmt.Errorf("engine %s: %w", e.opts.Name, err), ln.Close())
 	}
+	e.release() // before anybody can end the process, which reserves the ports anew
 	e.mu.Lock()
 	e.addr = bound
 	e.current, e.last = p, p
 	e.mu.Unlock()
 	p.serve(ln)
-	e.release()
 	e.log.Info("engine started", slog.String("addr", bound.String()), slog.String("engine_id", p.id))
 	return nil
 }

@@ -37,6 +37,7 @@ func (x *exchange) forward(ctx context.Context, path string, p *pick) (*Reply, e
 	case a := <-upstream:
 		return x.respond(p, a)
 	case r := <-x.inbox:
+		x.ended = r.err != nil
 		cancel()
 		discard(<-upstream)
 		if m := r.msg.GetImmediateResponse(); m != nil {
@@ -135,6 +136,7 @@ func (x *exchange) read(body io.Reader, reply *Reply) error {
 		}
 		return nil
 	case r := <-x.inbox:
+		x.ended = r.err != nil
 		if x.ctx.Err() != nil {
 			return context.Cause(x.ctx)
 		}
