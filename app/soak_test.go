@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/baton-epp/baton/director"
 	"github.com/baton-epp/baton/internal/gatewaytest"
+	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/simulate"
 )
 
@@ -124,6 +126,9 @@ func newSoak(t *testing.T, f *flavour, margin time.Duration) *soak {
 // run works for d, then checks what is left.
 func (s *soak) run(d time.Duration) {
 	s.follow()
+	eventually(s.t, "every endpoint scraped", func() bool { // over connections that stay, as do their goroutines
+		return !slices.ContainsFunc(s.app.Snapshot().Endpoints, func(e *pool.Endpoint) bool { return !e.Metrics().Fresh(time.Now()) })
+	})
 	before := s.quiet()
 	ctx, stop := context.WithTimeout(s.t.Context(), d)
 	defer stop()
@@ -318,7 +323,13 @@ func (s *soak) left(goroutines int) {
 		_ = g.Close()
 	}
 	// Connections that wait for their next request have goroutines on either side for some seconds.
-	eventually(s.t, "no goroutine left", func() bool { return runtime.NumGoroutine() <= goroutines })
+	for end := time.Now().Add(30 * time.Second); runtime.NumGoroutine() > goroutines; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			var dump strings.Builder
+			_ = pprof.Lookup("goroutine").WriteTo(&dump, 1) // a builder never fails
+			s.t.Fatalf("%d goroutines, %d before: %.8000s", runtime.NumGoroutine(), goroutines, dump.String())
+		}
+	}
 	for _, e := range s.pool.Engines() {
 		for _, d := range e.Deaths() {
 			if d.Reason != "fault" {
