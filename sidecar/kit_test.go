@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -141,15 +140,12 @@ func (r *rig) server(name string, h http.HandlerFunc) *pool.Endpoint {
 	return r.add(name, "prefill", s.Listener.Addr().String())
 }
 
-// refusing adds an endpoint where nobody listens.
+// refusing adds an endpoint where nobody listens: a dead engine's, which keeps its port, so that no stranger answers.
 func (r *rig) refusing(name string) *pool.Endpoint {
 	r.t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer l.Close()
-	return r.add(name, "prefill", l.Addr().String())
+	dead, e := r.engine(name, "prefill", simulate.NewRegistry(), nil)
+	dead.Kill()
+	return e
 }
 
 // job is a request whose decision ranks prefillers.

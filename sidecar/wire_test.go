@@ -16,6 +16,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -189,14 +190,15 @@ func TestTLS(t *testing.T) {
 		t.Helper()
 		r := newRig(t, func(c *config.Disaggregation) { c.Transport = tr })
 		out := r.run(r.job(inference.Completions, clientBody, nil, r.add("p", "prefill", s.Listener.Addr().String())))
-		if reasons(out) != want {
+		if !slices.Contains(strings.Fields(want), reasons(out)) {
 			t.Errorf("%+v: %s, want %s", tr, reasons(out), want)
 		}
 	}
 	f(config.Transport{Scheme: "https", CACertPath: ca}, "ok")
 	f(config.Transport{Scheme: "https", InsecureSkipVerify: true}, "ok")
 	f(config.Transport{Scheme: "https"}, "tls")
-	f(config.Transport{Scheme: "http"}, "rejected") // a TLS server's 400 for plain HTTP
+	// A TLS server's 400 for plain HTTP, unless the reset behind it, for what the server left unread, is faster.
+	f(config.Transport{Scheme: "http"}, "rejected reset")
 }
 
 // TestTraceparent gives sub-requests a span of their own where the stream is traced.
