@@ -29,7 +29,7 @@ var errNoSource = errors.New("no source of endpoints: pass --endpoints-file, or 
 // buildPool makes the scheduler, the store of endpoints and the scraper.
 func (a *App) buildPool() error {
 	var err error
-	if a.scheduler, err = newScheduler(a.config, &a.opts, a.opts.ConfigFile, a.registry); err != nil {
+	if a.scheduler, err = newScheduler(a.config, &a.opts, a.registry); err != nil {
 		return err
 	}
 	a.warn(a.scheduler.Warnings())
@@ -64,9 +64,9 @@ func (a *App) forget(gone *pool.Endpoint) {
 }
 
 // newScheduler builds a scheduler of all plugin registries.
-func newScheduler(c *config.Config, o *Options, file string, reg prometheus.Registerer) (*scheduler.Scheduler, error) {
+func newScheduler(c *config.Config, o *Options, reg prometheus.Registerer) (*scheduler.Scheduler, error) {
 	return scheduler.New(scheduler.Options{
-		Config: c, File: file, Metrics: reg, MetricNames: o.MetricsNames, Trace: o.EnableDebug,
+		Config: c, File: o.ConfigFile, Metrics: reg, MetricNames: o.MetricsNames, Trace: o.EnableDebug,
 		Plugins: []scheduler.Registry{scorers.Registry(), filters.Registry(), pickers.Registry(), o.Plugins},
 	})
 }
@@ -175,7 +175,7 @@ func inFile(file string, err error) error {
 // the program brings (Options.Plugins).
 func checkParts(c *config.Config, file string, plugins scheduler.Registry) (warnings []string, err error) {
 	reg, log := prometheus.NewRegistry(), slog.New(slog.DiscardHandler)
-	sched, err := newScheduler(c, &Options{Plugins: plugins}, file, reg)
+	sched, err := newScheduler(c, &Options{ConfigFile: file, Plugins: plugins}, reg)
 	if err == nil {
 		warnings = sched.Warnings()
 	}

@@ -239,6 +239,9 @@ func (x *Exchange) Done(end End) {
 	now := time.Now()
 	x.prefillLoad.Release()
 	x.decision.Phase(scheduler.PhaseEncode).Reservation.Release()
+	if end == EndUnanswered {
+		x.decodeLoad.Release() // before Abandon, which may wait for what it reclaims
+	}
 	switch {
 	case end == EndUnanswered && x.answered:
 		x.answered = false // the answer was made and could not be sent

@@ -85,8 +85,9 @@ func appendAddr(addrs []netip.AddrPort, text string) []netip.AddrPort {
 	return append(addrs, netip.AddrPortFrom(a.Addr().Unmap(), a.Port()))
 }
 
-// readUndelivered reports whether the gateway says that it made the response itself because the request never reached
-// the endpoint: the attribute response.code_details, as Envoy 1.40 writes it. Without the attribute nothing is known.
+// readUndelivered reports whether the gateway says that it made the response itself because the request did not reach the
+// endpoint: the attribute response.code_details, as Envoy 1.40 writes it. Without the attribute nothing is known. It speaks
+// of the last try: a gateway that retries, which the shipped configurations do not, may have delivered an earlier one.
 func readUndelivered(msg *extprocv3.ProcessingRequest) bool {
 	details := msg.GetAttributes()["envoy.filters.http.ext_proc"].GetFields()["response.code_details"].GetStringValue()
 	if reason, ok := strings.CutPrefix(details, "upstream_reset_before_response_started{"); ok {

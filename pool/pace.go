@@ -69,7 +69,7 @@ func (p *Pace) prefilled(uncached int64, took time.Duration, now time.Time) {
 	}, wait)
 }
 
-// Received notes that a decode endpoint sent its first byte took after it was given a prompt of tokens whose KV blocks
+// Received notes that a decode endpoint sent its first event took after it was given a prompt of tokens whose KV blocks
 // it had to fetch.
 func (p *Pace) Received(tokens int64, took time.Duration) { p.received(tokens, took, time.Now()) }
 

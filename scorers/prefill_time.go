@@ -3,6 +3,8 @@
 package scorers
 
 import (
+	"slices"
+
 	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/scheduler"
 )
@@ -12,9 +14,10 @@ import (
 const prefillTimeNoise = 0.01
 
 // prefillTime is prefill-time-scorer, Baton's own: (min + 10 ms) / (t + 10 ms), so that an endpoint that is twice as slow
-// has half the score, and the slower of two that are nearly alike loses next to nothing; t is the predicted time of this request's prefill: the learned wait, or the tokens in flight by our own count at the learned
-// speed if that is longer, and the uncached tokens at that speed (pool.Pace). Unknown: the mean of the speeds that are
-// known, so that a new endpoint is neither shunned nor stormed; where none is known, tokens alone decide.
+// has half the score, and the slower of two that are nearly alike loses next to nothing. t is the predicted time of this
+// request's prefill: the learned wait, or the tokens in flight by our own count at the learned speed if that is longer, and
+// the uncached tokens at that speed (pool.Pace). Unknown: the mean of the speeds that are known, so that a new endpoint is
+// neither shunned nor stormed; where none is known, tokens alone decide.
 type prefillTime struct {
 	// PrefixMatchInfoProducerName is the producer that tells the uncached tokens; empty = the default one.
 	PrefixMatchInfoProducerName string `yaml:"prefixMatchInfoProducerName"`
@@ -59,10 +62,7 @@ func (s *prefillTime) Score(cy *scheduler.Cycle, cands []scheduler.Candidate, ou
 		}
 		out[i] = cands[i].PrefillSeconds(cy.Now, cy.Prompts[s.column].UncachedTokens(cands[i].Matched[s.column]), speed)
 	}
-	fastest := out[0]
-	for _, t := range out {
-		fastest = min(fastest, t)
-	}
+	fastest := slices.Min(out)
 	for i, t := range out {
 		out[i] = (fastest + prefillTimeNoise) / (t + prefillTimeNoise)
 	}

@@ -25,9 +25,8 @@ const (
 // itself, cut to one token, so that the blocks are pulled and freed; it then waits for the answer, 5 s at most. After
 // Forward reason is not_sent (the answer to the gateway could not be delivered), not_delivered (the gateway did not reach
 // the decode endpoint) or refused (the decode server answered 401, 403, 404, 405 or 3xx, before it read the body): it only
-// counts, once, since a handle leaves once and may have
-// left; any other reason does nothing then, for the engines settle it. A prefill that still runs beside decode is
-// cancelled instead, which leaks nothing. A nil out does nothing.
+// counts, once, since a handle leaves once and may have left; any other reason does nothing then, for the engines settle
+// it. A prefill that still runs beside decode is cancelled instead, which leaks nothing. A nil out does nothing.
 func (o *Orchestrator) Abandon(ctx context.Context, j *Job, out *Outcome, reason string) {
 	if out == nil || !out.HasHandle && !out.beside || out.lost || out.settled {
 		return

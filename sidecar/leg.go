@@ -105,7 +105,7 @@ func (l *leg) run(ctx context.Context, r *run) {
 	close(l.done)
 }
 
-// leaveWord lets decode answer a request that prefill has rejected.
+// leaveWord lets decode answer a request that prefill has rejected. The books of the phase are open until then.
 func (l *leg) leaveWord(ctx context.Context) {
 	select {
 	case <-l.sent:

@@ -35,7 +35,7 @@ func (r *run) way() (way, error) {
 	if !pick.Wanted && len(pick.Ranked) == 0 || r.s.Mode == modeOff {
 		return wayAggregated, nil
 	}
-	if r.j.Request.HasTransferFields && r.s.AcceptClientTransferFields {
+	if r.callerDisaggregates() {
 		return r.decline(declinedCaller)
 	}
 	what, delegated := r.barred(ok), r.delegates()
@@ -110,8 +110,12 @@ func (r *run) uncarried() string {
 
 // carries reports whether the wire can be spliced into the request.
 func (r *run) carries() bool {
-	return r.wire.Connector != nil && r.barred(true) == "" && r.uncarried() == "" &&
-		(!r.j.Request.HasTransferFields || !r.s.AcceptClientTransferFields) // else the caller does it
+	return r.wire.Connector != nil && r.barred(true) == "" && r.uncarried() == "" && !r.callerDisaggregates()
+}
+
+// callerDisaggregates reports whether the caller sent transfer fields, and may.
+func (r *run) callerDisaggregates() bool {
+	return r.j.Request.HasTransferFields && r.s.AcceptClientTransferFields
 }
 
 // beside reports whether prefill and decode run at the same time.

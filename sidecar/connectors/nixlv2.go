@@ -38,7 +38,8 @@ func (nixlv2) Answer(x *Exchange, answer []byte) Answer {
 }
 
 // isOlder reports whether a handle is one of the older generation, whose block ids are one flat list and which does not
-// say how much of the prompt was cached. These engines give a usage details only where that is more than nothing.
+// say how much of the prompt was cached. These engines give a usage details only where that is more than nothing; without
+// --enable-prompt-tokens-details they give none either, which looks the same: docs/disaggregation.md demands the flag.
 func isOlder(handle []byte) bool {
 	blocks := memberOf(handle, "remote_block_ids")
 	return isThere(blocks) && !bytes.ContainsRune(blocks[1:], '[') && memberOf(handle, "remote_prefill_cached_tokens") == nil
