@@ -11,11 +11,12 @@ import (
 
 // TestDecodeCannotEncodePlaceholders lets a pull fail: the decode leg has no media to compute the prompt from.
 func TestDecodeCannotEncodePlaceholders(t *testing.T) {
-	o := Options{Peers: NewRegistry(), Encoder: encoderNIXL, LoadFailurePolicy: policyRecompute, Role: "decode"}
-	d := newEngine(t, o)
+	o := Options{Encoder: encoderNIXL, LoadFailurePolicy: policyRecompute, Role: "decode"}
 	handle := `{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1,2,3,4,5]],"remote_engine_id":"x","remote_request_id":"y",` +
 		`"remote_host":"127.0.0.1","remote_port":5699,"tp_size":1}`
 	for part, want := range map[string]int{embeds("ka"): http.StatusInternalServerError, keyed("a", "ka"): http.StatusOK} {
+		o.Peers = NewRegistry()
+		d := newEngine(t, o) // a new one, which has encoded nothing yet
 		if r := ask(t, d, chat(withHandle(handle), someText, part)); r.status != want {
 			t.Errorf("%s: %d %s", part, r.status, r.body)
 		}
