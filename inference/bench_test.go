@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/baton-epp/baton/internal/alloctest"
 )
 
 // sentence has what prompts have: quotes and line ends that JSON escapes, and words that are not ASCII.
@@ -103,14 +105,11 @@ func TestAllocations(t *testing.T) {
 	f := func(name string, limit float64, api API, body []byte) {
 		t.Helper()
 		b := split(body, nil)
-		n := testing.AllocsPerRun(20, func() {
+		alloctest.AtMost(t, limit, name, func() {
 			if _, err := Parse(api, b); err != nil {
 				t.Fatal(err)
 			}
 		})
-		if n > limit {
-			t.Errorf("%s: %v allocations, ceiling %v", name, n, limit)
-		}
 	}
 	f("4 KB chat", 4, Chat, chatBody(4<<10))
 	f("400 KB chat", 4, Chat, chatBody(400<<10))
@@ -119,7 +118,5 @@ func TestAllocations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := testing.AllocsPerRun(100, func() { prefillEdits(r).Len() }); n > 14 {
-		t.Errorf("edits: %v allocations", n)
-	}
+	alloctest.AtMost(t, 14, "edits", func() { prefillEdits(r).Len() })
 }

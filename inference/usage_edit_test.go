@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/baton-epp/baton/internal/alloctest"
 )
 
 // corrected passes chunks through Correct and checks what holds for any of them: what is not changed is the chunk
@@ -182,13 +184,11 @@ func TestCorrectAllocations(t *testing.T) {
 			all = append(all, []byte(c))
 		}
 		var u UsageScanner
-		if n := testing.AllocsPerRun(100, func() {
+		alloctest.AtMost(t, limit, name, func() {
 			for _, c := range all {
 				u.Correct(c, 0, false)
 			}
-		}); n > limit {
-			t.Errorf("%s: %v allocations, want at most %v", name, n, limit)
-		}
+		})
 	}
 	token := "data: {\"id\":\"chatcmpl-1\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" ho\"},\"finish_reason\":null}]}\n\n"
 	usage := "data: {\"choices\":[],\"usage\":{\"prompt_tokens_details\":{\"cached_tokens\":104}}}\n\n"

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/baton-epp/baton/internal/alloctest"
 )
 
 // payload returns the body of a captured response.
@@ -105,9 +107,7 @@ func TestUsage(t *testing.T) {
 func TestUsageAllocations(t *testing.T) {
 	chunk := []byte("data: {\"id\":\"chatcmpl-1\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" ho\"},\"finish_reason\":null}]}\n\n")
 	var u UsageScanner
-	if n := testing.AllocsPerRun(100, func() { u.Feed(chunk); u.Feed(chunk[:50]); u.Feed(chunk[50:]) }); n > 0 {
-		t.Errorf("%v allocations", n)
-	}
+	alloctest.AtMost(t, 0, "three pieces", func() { u.Feed(chunk); u.Feed(chunk[:50]); u.Feed(chunk[50:]) })
 }
 
 // slowUsage reads a response with encoding/json; ok false when it is not what a model server would write.

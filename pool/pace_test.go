@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/quick"
 	"time"
+
+	"github.com/baton-epp/baton/internal/alloctest"
 )
 
 var paceStart = time.Date(2026, 7, 1, 0, 0, 0, 0, time.UTC)
@@ -226,17 +228,15 @@ func TestPaceAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-func TestPaceAllocatesNothing(t *testing.T) {
+func TestPaceAllocations(t *testing.T) {
 	var p Pace
 	var w Warm
 	now := time.Now()
-	if n := testing.AllocsPerRun(100, func() {
+	alloctest.AtMost(t, 0, "pace", func() {
 		p.Prefilled(1000, time.Second)
 		p.Received(1000, time.Second)
 		_, _, _ = p.TokensPerSecond(), p.Queue(now), p.Transfer(1000)
 		w.Add(7)
 		w.Forget(7)
-	}); n != 0 {
-		t.Errorf("%v allocations", n)
-	}
+	})
 }

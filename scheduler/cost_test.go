@@ -13,15 +13,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/baton-epp/baton/config"
+	"github.com/baton-epp/baton/internal/alloctest"
 	"github.com/baton-epp/baton/internal/pooltest"
 	"github.com/baton-epp/baton/scheduler"
 )
 
 // TestAllocations: the ceilings of a decision, metrics on.
 func TestAllocations(t *testing.T) {
-	if raceDetector {
-		t.Skip("the race detector makes sync.Pool forget at random")
-	}
 	f := func(name, text string, change func(*scheduler.Query), ceiling float64) {
 		t.Helper()
 		s := load(t, text)
@@ -29,7 +27,7 @@ func TestAllocations(t *testing.T) {
 		if change != nil {
 			change(q)
 		}
-		got := testing.AllocsPerRun(1000, func() {
+		alloctest.AtMost(t, ceiling, name, func() {
 			d, err := s.Schedule(q)
 			if err != nil {
 				t.Fatal(err)
@@ -40,9 +38,6 @@ func TestAllocations(t *testing.T) {
 			}
 			d.Release()
 		})
-		if got > ceiling {
-			t.Errorf("%s: %v allocations, at most %v", name, got, ceiling)
-		}
 	}
 	f("default", "", nil, 0)
 	f("four scorers", fourScorers, nil, 0)

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/baton-epp/baton/internal/alloctest"
 	"github.com/baton-epp/baton/internal/pooltest"
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
@@ -224,9 +225,6 @@ func TestCostDeciderRefuses(t *testing.T) {
 
 // TestCostDeciderAllocations: what a decision allocates are its reservations.
 func TestCostDeciderAllocations(t *testing.T) {
-	if raceDetector {
-		t.Skip("the race detector makes sync.Pool forget at random")
-	}
 	f := func(name string, decodeSpeed int64, ceiling float64) {
 		t.Helper()
 		snap := pdPool()
@@ -242,7 +240,7 @@ func TestCostDeciderAllocations(t *testing.T) {
 		q.Reserve, q.Pulls = true, true
 		q.NeedsPrefill = func(*pool.Endpoint) bool { return false }
 		q.Seed = 1
-		if got := testing.AllocsPerRun(1000, func() {
+		alloctest.AtMost(t, ceiling, name, func() {
 			d, err := s.Schedule(q)
 			if err != nil {
 				t.Fatal(err)
@@ -254,9 +252,7 @@ func TestCostDeciderAllocations(t *testing.T) {
 				d.Picks[ph].Reservation.Release()
 			}
 			d.Release()
-		}); got > ceiling {
-			t.Errorf("%s: %v allocations, at most %v", name, got, ceiling)
-		}
+		})
 	}
 	f("apart", 1000, 2)
 	f("declined", 8000, 1)

@@ -6,14 +6,13 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"runtime/debug"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/internal/alloctest"
 )
 
 // instant is a prefill endpoint that costs next to nothing: a goroutine per connection and no HTTP library.
@@ -139,15 +138,9 @@ func cpuTime() int64 {
 
 // TestAllocations is the ceiling for one orchestrated request, net/http's share (56, see BenchmarkCall) included.
 func TestAllocations(t *testing.T) {
-	if info, ok := debug.ReadBuildInfo(); !ok || slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		t.Skip("the race detector allocates")
-	}
 	r := newRig(t, nil)
 	p, d := r.add("p", "prefill", instant(t)), r.add("d", "decode", "10.9.9.9:8000")
 	j := r.job(inference.Chat, benchBody(8<<10), d, p)
 	benchRun(t, r, j)
-	const ceiling = 115
-	if n := testing.AllocsPerRun(200, func() { benchRun(t, r, j) }); n > ceiling {
-		t.Errorf("%v allocations, ceiling %d", n, ceiling)
-	}
+	alloctest.AtMost(t, 115, "a request", func() { benchRun(t, r, j) })
 }
