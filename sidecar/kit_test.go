@@ -6,12 +6,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -21,36 +19,15 @@ import (
 
 	"github.com/baton-epp/baton/config"
 	"github.com/baton-epp/baton/inference"
+	"github.com/baton-epp/baton/internal/leaktest"
 	"github.com/baton-epp/baton/internal/pooltest"
 	"github.com/baton-epp/baton/pool"
 	"github.com/baton-epp/baton/scheduler"
 	"github.com/baton-epp/baton/simulate"
 )
 
-// TestMain fails the package when a goroutine outlives the tests (clause j).
-func TestMain(m *testing.M) {
-	code := m.Run()
-	deadline := time.Now().Add(3 * time.Second)
-	for code == 0 && strays() != "" {
-		if time.Now().After(deadline) {
-			fmt.Fprintf(os.Stderr, "goroutines left:\n%s\n", strays())
-			code = 1
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	os.Exit(code)
-}
-
-func strays() string {
-	buf := make([]byte, 1<<20)
-	var out []string
-	for _, g := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")[1:] {
-		if !strings.Contains(g, "testing.") && !strings.Contains(g, "os/signal") {
-			out = append(out, g)
-		}
-	}
-	return strings.Join(out, "\n\n")
-}
+// TestMain fails the package when goroutines outlive its tests.
+func TestMain(m *testing.M) { os.Exit(leaktest.Run(m)) }
 
 const (
 	completionsPath = "/v1/completions"

@@ -5,14 +5,13 @@ package main
 import (
 	"context"
 	"flag"
-	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/baton-epp/baton/internal/leaktest"
 	"github.com/baton-epp/baton/simulate"
 )
 
@@ -30,21 +29,8 @@ var different = map[string]string{
 	"restart-fail/failed transfers": "vLLM counts the failed pull and the notification of it, which fails too",
 }
 
-// TestMain fails the package when goroutines are left.
-func TestMain(m *testing.M) {
-	before := runtime.NumGoroutine()
-	code := m.Run()
-	deadline := time.Now().Add(5 * time.Second)
-	for runtime.NumGoroutine() > before && time.Now().Before(deadline) {
-		time.Sleep(pollInterval)
-	}
-	if n := runtime.NumGoroutine(); n > before && code == 0 {
-		buf := make([]byte, 1<<20)
-		fmt.Fprintf(os.Stderr, "goroutines left\n%s", buf[:runtime.Stack(buf, true)])
-		code = 1
-	}
-	os.Exit(code)
-}
+// TestMain fails the package when goroutines outlive its tests.
+func TestMain(m *testing.M) { os.Exit(leaktest.Run(m)) }
 
 // TestSimulatedAsRecorded runs every scenario on simulated engines and compares each outcome with what a real vLLM did,
 // and the table in the guide with both.
