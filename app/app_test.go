@@ -59,7 +59,7 @@ func TestHealthNames(t *testing.T) { // P14, P15, P16
 }
 
 func TestHealthFollowsPoolAndDrain(t *testing.T) {
-	s := newStack(t, stackOptions{noEnvoy: true, options: func(o *Options) { o.DrainDelay = 300 * time.Millisecond }})
+	s := newStack(t, stackOptions{noEnvoy: true, options: func(o *Options) { o.DrainDelay = 3 * time.Second }})
 	client := dial(t, s.app.HealthAddr().String(), insecure.NewCredentials())
 	watch, err := client.Watch(t.Context(), &healthv1.HealthCheckRequest{Service: healthReadiness})
 	if err != nil {

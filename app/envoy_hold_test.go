@@ -80,7 +80,7 @@ func TestEnvoyHolds1500(t *testing.T) {
 	s := newStack(t, stackOptions{
 		pool: o, values: timeout(time.Minute),
 		// Limits that a slow machine does not meet.
-		config: "disaggregation: {prefill: {maxConcurrentPerEndpoint: 2000, connectTimeout: 30s}}\n",
+		config: "disaggregation: {budget: 10m, prefill: {timeout: 10m, maxConcurrentPerEndpoint: 2000, connectTimeout: 30s}}\n",
 	})
 	before := heap()
 	prefill := s.engines("prefill")[0]

@@ -48,7 +48,7 @@ func TestEnvoyRendezvousPrefillFails(t *testing.T) {
 	for _, name := range []string{envoy.QuietOverrideHost, envoy.FullDuplexOverrideHost, envoy.BufferedOverrideHost} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := rendezvousing(t, name, ", prefill: {timeout: 500ms}")
+			s := rendezvousing(t, name, ", prefill: {timeout: 2s}")
 			s.setFaults("prefill", simulate.Fault{Kind: "hang", Phase: "prefill"})
 			start := time.Now()
 			r := s.post("/v1/chat/completions", chatBody(100, ""), "x-request-id", "plain")

@@ -175,7 +175,22 @@ func (s *stack) writeConfig(extra string) {
 	if !strings.Contains(text, "scraping:") {
 		text += "scraping: {idleInterval: 200ms}\n" // reservations that become estimates end with the second scrape
 	}
-	replaceFile(s.t, s.config, text)
+	replaceFile(s.t, s.config, patientConnects(text))
+}
+
+// patientConnects lets connections take their time, as they do on a loaded machine. What follows when one takes longer
+// than its limit is a matter of package sidecar's tests, and has a reason of its own, which would stand for any other.
+func patientConnects(text string) string {
+	const limit = "connectTimeout: 10s"
+	switch {
+	case strings.Contains(text, "connectTimeout"):
+		return text
+	case strings.Contains(text, "prefill: {"):
+		return strings.Replace(text, "prefill: {", "prefill: {"+limit+", ", 1)
+	case strings.Contains(text, "disaggregation: {"):
+		return strings.Replace(text, "disaggregation: {", "disaggregation: {prefill: {"+limit+"}, ", 1)
+	}
+	return text + "disaggregation: {prefill: {" + limit + "}}\n"
 }
 
 // replaceFile puts a file in place at once, whole.

@@ -72,7 +72,7 @@ func encodeRows() []encodeRow {
 		{name: "encoder 500", faults: first(simulate.Fault{Kind: "status", Status: 500}), reasons: both("status_5xx")},
 		{name: "encoder 429", faults: first(simulate.Fault{Kind: "status", Status: 429}), reasons: both("overloaded")},
 		{name: "encoder reset", faults: first(simulate.Fault{Kind: "reset_before_headers"}), reasons: both("reset")},
-		{name: "encoder hangs", timeout: "500ms", faults: first(simulate.Fault{Kind: "hang"}), reasons: both("timeout")},
+		{name: "encoder hangs", timeout: "2s", faults: first(simulate.Fault{Kind: "hang"}), reasons: both("timeout")},
 		{name: "encoder answers no JSON", faults: first(simulate.Fault{Kind: "status", Status: 200, Body: "<html>"}), reasons: both("malformed")},
 		{
 			name: "encoders used up", faults: always(simulate.Fault{Kind: "status", Status: 500}), local: true,

@@ -20,12 +20,24 @@ import (
 // swaps a symlink.
 const configPoll = time.Second
 
+// configMetrics tell whether the configuration on disk is the one in force.
+type configMetrics struct {
+	bad     prometheus.Gauge
+	reloads prometheus.Counter
+}
+
+func newConfigMetrics(r prometheus.Registerer) configMetrics {
+	m := configMetrics{
+		bad:     prometheus.NewGauge(prometheus.GaugeOpts{Name: "baton_app_config_bad", Help: "1 while the configuration file on disk is not the one in force because it has errors."}),
+		reloads: prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_app_config_reloads_total", Help: "Times a changed configuration was put into force."}),
+	}
+	r.MustRegister(m.bad, m.reloads)
+	return m
+}
+
 // watchConfig reads the configuration file again when its content changes and puts its disaggregation section into force,
 // the kill switch among it. Other sections need a restart, which the log says. A bad file keeps the old one.
-func (a *App) watchConfig(ctx context.Context) {
-	bad := prometheus.NewGauge(prometheus.GaugeOpts{Name: "baton_app_config_bad", Help: "1 while the configuration file on disk is not the one in force because it has errors."})
-	reloads := prometheus.NewCounter(prometheus.CounterOpts{Name: "baton_app_config_reloads_total", Help: "Times a changed configuration was put into force."})
-	a.registry.MustRegister(bad, reloads)
+func (a *App) watchConfig(ctx context.Context, m configMetrics) {
 	tick := time.NewTicker(configPoll)
 	defer tick.Stop()
 	last := a.configSum
@@ -45,12 +57,12 @@ func (a *App) watchConfig(ctx context.Context) {
 		}
 		last = sum
 		if err := a.reload(text); err != nil {
-			bad.Set(1)
+			m.bad.Set(1)
 			a.log.Error("configuration not reloaded, the old one stays", slog.Any("err", err))
 			continue
 		}
-		bad.Set(0)
-		reloads.Inc()
+		m.bad.Set(0)
+		m.reloads.Inc()
 	}
 }
 

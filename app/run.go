@@ -172,7 +172,8 @@ func (a *App) startBackground(ctx context.Context, g *errgroup.Group) {
 		g.Go(func() error { a.cert.watch(ctx, a.log); return nil })
 	}
 	if a.opts.ConfigFile != "" {
-		g.Go(func() error { a.watchConfig(ctx); return nil })
+		m := newConfigMetrics(a.registry)
+		g.Go(func() error { a.watchConfig(ctx, m); return nil })
 	}
 }
 

@@ -200,8 +200,8 @@ func (f *File) reload(ctx context.Context, publish func([]Wanted)) {
 
 // fail counts and logs a file that cannot be used.
 func (f *File) fail(ctx context.Context, err error) {
-	f.loads.WithLabelValues("failed").Inc()
 	f.current.Set(0)
+	f.loads.WithLabelValues("failed").Inc()
 	f.log.LogAttrs(ctx, slog.LevelError, "endpoints file not usable; the endpoints stay as they are", slog.Any("err", err))
 }
 

@@ -91,6 +91,7 @@ func TestClientGoneBeforeTheAnswerReleasesAtOnce(t *testing.T) {
 	call := k.open()
 	call.send(first{}.message(t))
 	call.send(bodyMessage([]byte(`{"model":`), false))
+	eventually(t, "the body is held", func() bool { return k.gate.Held() > 0 })
 	call.cancel()
 	eventually(t, "stream closed", func() bool { return k.server.Streams() == 0 })
 	if inFlight(k.snapshot) != 0 || k.gate.Held() != 0 {

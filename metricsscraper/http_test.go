@@ -26,14 +26,14 @@ import (
 )
 
 // fetchOnce makes a scraper and sends n scrapes to a server.
-func fetchOnce(t *testing.T, opts Options, srv *httptest.Server, n int) (*pool.Endpoint, *target) {
+func fetchOnce(t *testing.T, opts Options, address string, n int) (*pool.Endpoint, *target) {
 	t.Helper()
 	s, err := New(opts)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.client.CloseIdleConnections)
-	e := endpoint(srv.Listener.Addr().String())
+	e := endpoint(address)
 	target := s.newTarget(t.Context(), e, s.opts.Engines.of(e))
 	for range n {
 		target.scrape(t.Context())
@@ -60,7 +60,7 @@ func TestOneKeptConnection(t *testing.T) {
 	}
 	srv.Start()
 	defer srv.Close()
-	e, _ := fetchOnce(t, options(), srv, 10)
+	e, _ := fetchOnce(t, options(), srv.Listener.Addr().String(), 10)
 	if n := connections.Load(); n != 1 {
 		t.Errorf("%d connections for 10 scrapes", n)
 	}
@@ -101,7 +101,7 @@ func TestHostileServers(t *testing.T) {
 			if tt.want == reasonTimeout {
 				opts.Scraping.Timeout = 50 * time.Millisecond
 			}
-			e, _ := fetchOnce(t, opts, srv, 1)
+			e, _ := fetchOnce(t, opts, srv.Listener.Addr().String(), 1)
 			if got := sample(t, reg, "llm_d_epp_datalayer_poll_errors_total", tt.want); got != 1 {
 				t.Errorf("reason %s counted %v times", tt.want, got)
 			}
@@ -113,9 +113,7 @@ func TestHostileServers(t *testing.T) {
 }
 
 func TestRefusedIsSeen(t *testing.T) {
-	srv := httptest.NewServer(http.NotFoundHandler())
-	srv.Close()
-	e, target := fetchOnce(t, options(), srv, 2)
+	e, target := fetchOnce(t, options(), "127.0.0.1:1", 2) // a port below those that are given to anybody
 	if e.Health.Standing(time.Now()) != pool.NotReady || target.refused != 2 {
 		t.Errorf("refused %d times, standing %v", target.refused, e.Health.Standing(time.Now()))
 	}

@@ -50,7 +50,7 @@ func TestAskDecodeFirst(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got := new(seen)
-			r := newRig(t, func(d *config.Disaggregation) { d.Prefill.Timeout = 300 * time.Millisecond })
+			r := newRig(t, func(d *config.Disaggregation) { d.Prefill.Timeout = 2 * time.Second })
 			r.settings.Load().wires[""] = wire{asking{}, connectors.Traits{Name: "asking", Aggregates: true, APIs: []inference.API{inference.Completions}}}
 			d := r.server("d", func(w http.ResponseWriter, req *http.Request) {
 				b := got.note(req)

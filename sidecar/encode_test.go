@@ -108,7 +108,7 @@ func TestEncodeAffinity(t *testing.T) {
 	}
 	d := r.add("d", "decode", "10.9.9.9:8000")
 	var names []string
-	for i := range 32 {
+	for i := range 64 {
 		names = append(names, fmt.Sprintf("image-%d", i))
 	}
 	where := func() map[string]string {

@@ -118,7 +118,7 @@ func TestFailureThenNext(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, func(c *config.Disaggregation) {
 				if f.reason == reasonTimeout {
-					c.Prefill.Timeout = 300 * time.Millisecond
+					c.Prefill.Timeout = 2 * time.Second
 				}
 				c.Prefill.MaxResponseBytes = 4096
 			})
@@ -239,7 +239,7 @@ func TestAllPrefillersDown(t *testing.T) {
 // TestKilledEngine retries on another engine when the first dies at its work (F58).
 func TestKilledEngine(t *testing.T) {
 	r, peers := newRig(t, nil), simulate.NewRegistry()
-	slowly := func(o *simulate.Options) { o.PrefillFixed = 2 * time.Second }
+	slowly := func(o *simulate.Options) { o.PrefillFixed = 10 * time.Minute }
 	p1, e1 := r.engine("p1", "prefill", peers, slowly)
 	_, e2 := r.engine("p2", "prefill", peers, nil)
 	_, de := r.engine("d", "decode", peers, nil)

@@ -271,7 +271,7 @@ func TestBudgetBeforeTheLegIsOnItsWay(t *testing.T) {
 
 // TestLegWithHeldBody: a body that takes long to send does not hold decode up for longer than a connection may take.
 func TestLegWithHeldBody(t *testing.T) {
-	p := newParty(t, waiting(), func(c *config.Disaggregation) { c.Prefill.ConnectTimeout = 50 * time.Millisecond })
+	p := newParty(t, waiting(), nil)
 	release := make(chan struct{})
 	pe := p.server("p", func(w http.ResponseWriter, req *http.Request) {
 		<-release

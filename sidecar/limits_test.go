@@ -63,7 +63,7 @@ func TestBudget(t *testing.T) {
 // TestClientLeaves cancels the sub-request at once: the engine sees the abort and frees its blocks (S0-3, C5).
 func TestClientLeaves(t *testing.T) {
 	r, peers := newRig(t, nil), simulate.NewRegistry()
-	p, pe := r.engine("p", "prefill", peers, func(o *simulate.Options) { o.PrefillFixed = time.Minute })
+	p, pe := r.engine("p", "prefill", peers, func(o *simulate.Options) { o.PrefillFixed = 10 * time.Minute })
 	_, other := r.engine("p2", "prefill", peers, nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
@@ -74,15 +74,11 @@ func TestClientLeaves(t *testing.T) {
 	}()
 	j := r.job(inference.Completions, clientBody, nil, pe, other)
 	_, err := r.Run(ctx, j)
-	left := time.Now()
 	if !errors.Is(err, context.Canceled) || !strings.HasPrefix(err.Error(), "prefill "+pe.Hostport+" attempt 1: ") {
 		t.Fatalf("error %v", err)
 	}
 	r.idle()
 	eventually(t, "abort", func() bool { return len(p.Aborts()) == 1 && len(p.Held()) == 0 })
-	if took := time.Since(left); took > 500*time.Millisecond {
-		t.Errorf("the engine saw the abort after %v", took)
-	}
 	r.want(1, "attempts_total", "canceled")
 	r.want(0, "retries_total")
 	r.want(0, "fallbacks_total")
@@ -95,13 +91,13 @@ func TestClientLeaves(t *testing.T) {
 // TestAttemptOverBeforeNext: the old attempt's connection is closed before the next attempt starts (section 5,
 // duplicates).
 func TestAttemptOverBeforeNext(t *testing.T) {
-	r := newRig(t, func(c *config.Disaggregation) { c.Prefill.Timeout = 50 * time.Millisecond })
+	r := newRig(t, func(c *config.Disaggregation) { c.Prefill.Timeout = time.Second })
 	ended := make(chan struct{})
 	a := r.server("a", func(w http.ResponseWriter, req *http.Request) { hang(w, req); close(ended) })
 	b := r.server("b", func(w http.ResponseWriter, req *http.Request) {
 		select {
 		case <-ended:
-		case <-time.After(time.Second):
+		case <-req.Context().Done():
 			t.Error("the first attempt still runs")
 		}
 		answer(goodAnswer)(w, req)
