@@ -254,7 +254,7 @@ func (s *stack) startEnvoy(o stackOptions) {
 		o.envoy = envoy.QuietOverrideHost
 	}
 	s.envoy = envoytest.Start(s.t, func() ([]byte, error) {
-		v := envoy.Values{}
+		v := envoy.Values{MessageTimeout: time.Minute} // the shipped 5 s are a limit of working machines
 		if s.app.Addr().Network() == "tcp" {
 			v.EPPPort = port(s.app.Addr())
 		}
@@ -265,7 +265,7 @@ func (s *stack) startEnvoy(o stackOptions) {
 			o.values(&v)
 		}
 		text, err := envoy.Render(o.envoy, v)
-		text = s.addPickers(text)
+		text = patientEnvoy(s.addPickers(text))
 		if err == nil && o.rewrite != nil {
 			changed := o.rewrite(string(text))
 			if changed == string(text) {
@@ -275,6 +275,13 @@ func (s *stack) startEnvoy(o stackOptions) {
 		}
 		return text, err
 	})
+}
+
+// patientEnvoy lets connections and health checks take longer than shipped configurations do: a machine that is busy with
+// other tests would make the picker unhealthy. What refuses or resets is noticed as soon.
+func patientEnvoy(text []byte) []byte {
+	text = bytes.ReplaceAll(text, []byte(" connect_timeout: 1s\n"), []byte(" connect_timeout: 10s\n"))
+	return bytes.ReplaceAll(text, []byte("      timeout: 1s\n"), []byte("      timeout: 30s\n"))
 }
 
 // addPickers lists the further replicas behind the first.

@@ -200,7 +200,7 @@ func rows() []row {
 			name: "client gone before decode left, reclaimed", applies: func(f *flavour) bool { return repicked(f) && f.Claims && !f.atOnce() },
 			config: "decodePick: after, reclaim: true", spy: leaves, spyAt: 2,
 			engine: func(o *simulate.Options) { o.Lease = 5 * time.Second }, // time for the claim-and-drop request
-			run: func(s *scenario) { clientGoneBetween(s, true) },
+			run:    func(s *scenario) { clientGoneBetween(s, true) },
 		},
 		{name: "panic in a plugin", spy: panics, spyAt: 1, want: refusal(500, "internal-error")},
 		{

@@ -29,13 +29,13 @@ func TestClientLeavesWhileItsMediaIsEncoded(t *testing.T) {
 	eventually(t, "encoding", func() bool { h := e.Held(); return len(h) == 1 && h[0].State == stateEncode })
 	l.cancel()
 	settle(t, e)
-	if a := e.Aborts(); len(a) != 1 || a[0].State != stateEncode || len(e.Encodings()) != 0 {
-		t.Errorf("aborts %+v, encodings %+v", a, e.Encodings())
+	if a := abortOf(t, e); a.State != stateEncode || len(e.Encodings()) != 0 {
+		t.Errorf("abort %+v, encodings %+v", a, e.Encodings())
 	}
 }
 
 func TestPoolWithEncoders(t *testing.T) {
-	p, err := NewPool(PoolOptions{Encode: 2, EncodePrefill: 1, EncodePrefillDecode: 1, Decode: 1, Template: Options{Scale: fast, Encoder: encoderNIXL}})
+	p, err := NewPool(PoolOptions{Encode: 2, EncodePrefill: 1, EncodePrefillDecode: 1, Decode: 1, Template: Options{Encoder: encoderNIXL}})
 	if err != nil {
 		t.Fatal(err)
 	}

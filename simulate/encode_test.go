@@ -32,15 +32,33 @@ func chat(extra string, parts ...string) string {
 
 const someText = `{"type":"text","text":"what is this, and what else is there to see?"}`
 
-// newEncoders starts an encoder and a consumer that know each other.
-func newEncoders(t *testing.T, connector string) (enc, use *Engine) {
+// newEncoders starts an encoder and a consumer of that scale that know each other. The encoder keeps what it pinned for
+// 30 s of real time.
+func newEncoders(t *testing.T, connector string, scale float64) (enc, use *Engine) {
 	t.Helper()
 	o := Options{Peers: NewRegistry(), Encoder: connector, Seed: 3}
-	o.Name, o.Role = "e", roleEncode
+	o.Name, o.Role, o.Scale = "e", roleEncode, 1
 	enc = newEngine(t, o)
-	o.Name, o.Role = "pd", "prefill-decode"
+	o.Name, o.Role, o.Scale = "pd", "prefill-decode", scale
 	use = newEngine(t, o)
 	return enc, use
+}
+
+// endPins ends the time of everything that is pinned.
+func endPins(e *Engine) {
+	p := e.running()
+	if p == nil {
+		return
+	}
+	for _, q := range p.ranks {
+		q.enc.mu.Lock()
+		for _, list := range q.enc.pins {
+			for _, one := range list {
+				one.timer.Reset(0)
+			}
+		}
+		q.enc.mu.Unlock()
+	}
 }
 
 // encodeLeg sends items to an encoder and returns ec_transfer_params.
@@ -112,7 +130,7 @@ func TestMediaTakesPlaceholders(t *testing.T) {
 }
 
 func TestSharedEncoderStore(t *testing.T) {
-	e, pd := newEncoders(t, encoderExample)
+	e, pd := newEncoders(t, encoderExample, fast)
 	a, b := image("a"), image("b")
 	if h := encodeLeg(t, e, a); h != "null" {
 		t.Errorf("the store's encoder answers %s", h)
@@ -147,6 +165,8 @@ func TestEncodingCostsTimeWhereItIsDone(t *testing.T) {
 	e := newEngine(t, o)
 	o.Name, o.Role = "p", phasePrefill
 	p := newEngine(t, o)
+	o.Name, o.Encode = "slow", 200*patience // twice what a test waits
+	slow := newEngine(t, o)
 	took := func(e *Engine, body string) time.Duration {
 		start := time.Now()
 		if r := ask(t, e, body); r.status != http.StatusOK {
@@ -154,11 +174,11 @@ func TestEncodingCostsTimeWhereItIsDone(t *testing.T) {
 		}
 		return time.Since(start)
 	}
-	if d := took(e, chat("", image("a"), image("a"))); d < 300*time.Millisecond || d > 590*time.Millisecond {
-		t.Errorf("one item twice: %v", d)
+	if d := took(e, chat("", image("a"), image("a"))); d < 300*time.Millisecond || hows(e) != "encoded<e" {
+		t.Errorf("one item twice: %v, %s", d, hows(e))
 	}
-	if d := took(p, chat("", image("a"))); d > 250*time.Millisecond {
-		t.Errorf("found in the store: %v", d)
+	if d := took(slow, chat("", image("a"))); d > patience || hows(slow) != "store<e" {
+		t.Errorf("found in the store: %v, %s", d, hows(slow))
 	}
 	if d := took(p, chat("", image("b"), image("c"))); d < 600*time.Millisecond {
 		t.Errorf("two items encoded locally: %v", d)
@@ -166,7 +186,7 @@ func TestEncodingCostsTimeWhereItIsDone(t *testing.T) {
 }
 
 func TestEncoderHandles(t *testing.T) {
-	e, pd := newEncoders(t, encoderNIXL)
+	e, pd := newEncoders(t, encoderNIXL, fast)
 	h := encodeLeg(t, e, keyed("a", "ka"), keyed("b", "kb"), keyed("a", "ka"))
 	var handles map[string]struct {
 		Metadata map[string]any `json:"metadata"`
@@ -190,23 +210,27 @@ func TestEncoderHandles(t *testing.T) {
 	if got := hows(pd); got != "peer<e peer<e" {
 		t.Errorf("consumer: %s", got)
 	}
-	if len(e.HeldEncodings()) != 0 || len(e.LeakedEncodings()) != 0 {
-		t.Errorf("held %v, leaked %v", e.HeldEncodings(), e.LeakedEncodings())
+	if len(e.HeldEncodings()) != 0 || len(e.LeakedEncodings()) != 0 || e.Stats().Encoded != 2 {
+		t.Errorf("held %v, leaked %v, stats %+v", e.HeldEncodings(), e.LeakedEncodings(), e.Stats())
 	}
-	// Not read: a leak after 30 s.
+}
+
+// TestUnreadEncodingLeaks has nobody read what an encoder pinned, for the 30 s that it keeps it.
+func TestUnreadEncodingLeaks(t *testing.T) {
+	e := newEngine(t, Options{Encoder: encoderNIXL, Role: roleEncode})
 	encodeLeg(t, e, keyed("c", "kc"))
 	eventually(t, "leak", func() bool { return len(e.HeldEncodings()) == 0 })
 	if l := e.LeakedEncodings(); len(l) != 1 || l[0].Key != "kc" || l[0].At.Sub(l[0].Since) < 300*time.Millisecond || e.Stats().LeakedEncodings != 1 {
 		t.Errorf("leaks: %+v", l)
 	}
 	var s State
-	if err := json.Unmarshal(get(t, e, "/admin/state").body, &s); err != nil || s.LeakedEncodings != 1 || s.Encoded != 3 {
+	if err := json.Unmarshal(get(t, e, "/admin/state").body, &s); err != nil || s.LeakedEncodings != 1 || s.Encoded != 1 {
 		t.Errorf("state: %+v, %v", s.Stats, err)
 	}
 }
 
 func TestEmbeddingsWithoutAHandleAreRefused(t *testing.T) {
-	e, pd := newEncoders(t, encoderNIXL)
+	e, pd := newEncoders(t, encoderNIXL, fast)
 	h := encodeLeg(t, e, keyed("a", "ka"))
 	for name, extra := range map[string]string{
 		"none": "", "another item's": strings.Replace(withEncodings(h), `"ka"`, `"kx"`, 1),
@@ -227,9 +251,10 @@ func TestEmbeddingsWithoutAHandleAreRefused(t *testing.T) {
 	settleEncodings(t, e)
 }
 
+// settleEncodings ends the time of what is pinned, and waits until nothing is.
 func settleEncodings(t *testing.T, e *Engine) {
 	t.Helper()
-	eventually(t, "no pin", func() bool { return len(e.HeldEncodings()) == 0 })
+	eventually(t, "no pin", func() bool { endPins(e); return len(e.HeldEncodings()) == 0 })
 }
 
 // TestEncoderRefusals has a peer that refuses, and wants local encoding only where the media is in the body.
@@ -237,7 +262,11 @@ func TestEncoderRefusals(t *testing.T) {
 	for _, kind := range []string{nackMissing, nackIncompat, nackVersion, nackInternal, nackNotReady, nackSilent, nackStall} {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
-			e, pd := newEncoders(t, encoderNIXL)
+			shuns, scale := slices.Contains([]string{nackSilent, nackStall}, kind), fast
+			if shuns {
+				scale = 0.1 // quarantine of 6 s
+			}
+			e, pd := newEncoders(t, encoderNIXL, scale)
 			h := withEncodings(encodeLeg(t, e, keyed("a", "ka"), keyed("b", "kb")))
 			setFaults(t, e, Faults{Encoder: kind})
 			if r := ask(t, pd, chat(h, keyed("a", "ka"))); r.status != http.StatusOK {
@@ -250,7 +279,7 @@ func TestEncoderRefusals(t *testing.T) {
 			if len(got) != 2 || got[0].How != encodedLocally || got[0].Err == "" || got[1].How != "" || got[1].Err == "" {
 				t.Fatalf("encodings: %+v", got)
 			}
-			if nack := got[0].Err; slices.Contains([]string{nackSilent, nackStall}, kind) {
+			if nack := got[0].Err; shuns {
 				if got[1].Err != "peer in quarantine" {
 					t.Errorf("second try: %s", got[1].Err)
 				}
@@ -266,7 +295,7 @@ func TestEncoderRefusals(t *testing.T) {
 }
 
 func TestEncoderBecomesReady(t *testing.T) {
-	e, pd := newEncoders(t, encoderNIXL)
+	e, pd := newEncoders(t, encoderNIXL, 1) // asks for 20 s
 	h := withEncodings(encodeLeg(t, e, keyed("a", "ka")))
 	setFaults(t, e, Faults{Encoder: nackNotReady})
 	done := make(chan reply, 1)
@@ -281,33 +310,47 @@ func TestEncoderBecomesReady(t *testing.T) {
 	}
 }
 
-func TestQuarantineEnds(t *testing.T) {
-	e, pd := newEncoders(t, encoderNIXL)
-	h := withEncodings(encodeLeg(t, e, keyed("a", "ka")))
-	e.Kill()
-	if r := ask(t, pd, chat(h, keyed("a", "ka"))); r.status != http.StatusOK {
-		t.Fatalf("%d %s", r.status, r.body)
+// TestQuarantine has a consumer ask an encoder that is down, and again when it is back.
+func TestQuarantine(t *testing.T) {
+	// shunned returns what becomes of the next item, and when the first was asked for.
+	shunned := func(t *testing.T, scale float64) (next func(name string) (why string), since time.Time) {
+		t.Helper()
+		e, pd := newEncoders(t, encoderNIXL, scale)
+		h := withEncodings(encodeLeg(t, e, keyed("a", "ka")))
+		e.Kill()
+		since = time.Now()
+		if r := ask(t, pd, chat(h, keyed("a", "ka"))); r.status != http.StatusOK {
+			t.Fatalf("%d %s", r.status, r.body)
+		}
+		if err := e.Restart(); err != nil {
+			t.Fatal(err)
+		}
+		return func(name string) string {
+			h := withEncodings(encodeLeg(t, e, keyed(name, name)))
+			ask(t, pd, chat(h, keyed(name, name)))
+			all := pd.Encodings()
+			return all[len(all)-1].Err
+		}, since
 	}
-	if err := e.Restart(); err != nil {
-		t.Fatal(err)
-	}
-	why := func(name string) string {
-		h := withEncodings(encodeLeg(t, e, keyed(name, name)))
-		ask(t, pd, chat(h, keyed(name, name)))
-		all := pd.Encodings()
-		return all[len(all)-1].Err
-	}
-	if got := why("b"); got != "peer in quarantine" {
-		t.Errorf("after the restart: %q", got)
-	}
-	n := 0
-	eventually(t, "out of quarantine", func() bool { n++; return why(fmt.Sprint("c", n)) == "" })
-	settleEncodings(t, e)
+	t.Run("begins", func(t *testing.T) {
+		next, _ := shunned(t, 0.1) // 6 s
+		if got := next("b"); got != "peer in quarantine" {
+			t.Errorf("after the restart: %q", got)
+		}
+	})
+	t.Run("ends", func(t *testing.T) {
+		next, since := shunned(t, fast)
+		n := 0
+		eventually(t, "out of quarantine", func() bool { n++; return next(fmt.Sprint("c", n)) == "" })
+		if took := time.Since(since); took < 600*time.Millisecond {
+			t.Errorf("ended after %v", took)
+		}
+	})
 }
 
 // TestEncodePrefillDecode sends a request through three engines: the decode leg has placeholders only.
 func TestEncodePrefillDecode(t *testing.T) {
-	o := Options{Peers: NewRegistry(), Encoder: encoderNIXL, Seed: 3}
+	o := Options{Peers: NewRegistry(), Encoder: encoderNIXL, Seed: 3, Scale: 1}
 	engine := func(name, role string) *Engine {
 		o.Name, o.Role = name, role
 		return newEngine(t, o)
@@ -340,7 +383,7 @@ func TestEncodePrefillDecode(t *testing.T) {
 }
 
 func TestEncodeLegWithoutAHandle(t *testing.T) {
-	e, _ := newEncoders(t, encoderNIXL)
+	e, _ := newEncoders(t, encoderNIXL, fast)
 	setFaults(t, e, Faults{Rules: []Fault{{Kind: faultNoHandle, Next: 1}, {Kind: faultOddHandle, Next: 1}}})
 	if h := encodeLeg(t, e, keyed("a", "ka")); h != "null" || len(e.HeldEncodings()) != 1 {
 		t.Errorf("withheld: %s", h)

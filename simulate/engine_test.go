@@ -87,17 +87,17 @@ func TestPrefixCacheAcrossTurns(t *testing.T) {
 }
 
 func TestQueueAndCapacity(t *testing.T) {
-	e := newEngine(t, Options{MaxNumSeqs: 2, MaxWaiting: 3, InterToken: 400 * time.Millisecond})
-	var wg sync.WaitGroup
-	statuses := make(chan int, 5)
-	for i := range 5 {
-		wg.Go(func() {
-			r, err := send(t.Context(), t, http.MethodPost, e.URL()+"/v1/completions", complete(prompt(20, i), 100, ""))
-			if err != nil {
-				t.Error(err)
-			}
-			statuses <- r.status
-		})
+	e := newEngine(t, Options{MaxNumSeqs: 2, MaxWaiting: 3, InterToken: time.Hour})
+	var stops []func()
+	for i := range 2 {
+		_, stop := begin(t, e, complete(prompt(20, i), 100, ""))
+		stops = append(stops, stop)
+	}
+	eventually(t, "2 running", func() bool { return e.Stats().Running == 2 })
+	var queued []<-chan reply
+	for i := range 3 {
+		answer, _ := begin(t, e, complete(prompt(20, 2+i), 1, ""))
+		queued = append(queued, answer)
 	}
 	eventually(t, "2 running, 3 waiting", func() bool { s := e.Stats(); return s.Running == 2 && s.Waiting == 3 })
 	if a, b := metric(t, e, "vllm:num_requests_running"), metric(t, e, "vllm:num_requests_waiting"); a != "2.0" || b != "3.0" {
@@ -109,11 +109,12 @@ func TestQueueAndCapacity(t *testing.T) {
 			t.Errorf("over the limit: %d", r.status)
 		}
 	}
-	wg.Wait()
-	close(statuses)
-	for s := range statuses {
-		if s != http.StatusOK {
-			t.Errorf("status %d", s)
+	for _, stop := range stops {
+		stop()
+	}
+	for _, answer := range queued {
+		if r := <-answer; r.err != nil || r.status != http.StatusOK {
+			t.Errorf("queued: status %d, %v", r.status, r.err)
 		}
 	}
 }
@@ -141,16 +142,15 @@ func TestPreemptionStillAnswersRight(t *testing.T) {
 }
 
 func TestSeveralAnswersShareThePrompt(t *testing.T) {
-	e := newEngine(t, Options{InterToken: 10 * time.Second})
-	done := make(chan reply, 1)
-	go func() {
-		done <- post(t, e, "/v1/completions", `{"prompt":`+prompt(168, 1)+`,"max_tokens":4,"n":3,"seed":1}`)
-	}()
-	eventually(t, "running", func() bool { return e.Stats().Running == 3 })
-	if s := e.Stats(); s.HeldBlocks != 13 { // 10 full ones shared, one of its own for each
+	body := `{"prompt":` + prompt(168, 1) + `,"max_tokens":4,"n":3,"seed":1}`
+	slow := newEngine(t, Options{InterToken: time.Hour})
+	_, stop := begin(t, slow, body)
+	eventually(t, "running", func() bool { return slow.Stats().Running == 3 })
+	if s := slow.Stats(); s.HeldBlocks != 13 { // 10 full ones shared, one of its own for each
 		t.Errorf("held blocks: %d", s.HeldBlocks)
 	}
-	r := <-done
+	stop()
+	r := post(t, newEngine(t, Options{}), "/v1/completions", body)
 	choices := r.json(t)["choices"].([]any)
 	if len(choices) != 3 || choices[0].(map[string]any)["text"] == choices[1].(map[string]any)["text"] {
 		t.Errorf("choices: %v", choices)
@@ -167,7 +167,7 @@ func TestAbort(t *testing.T) {
 	}{
 		{stateQueued, Options{MaxNumSeqs: 1, InterToken: long}, func(h string) string { return complete(prompt(50, 3), 5, withHandle(h)) }},
 		{statePrefill, Options{PrefillFixed: long}, func(string) string { return complete(prompt(50, 3), 5, askHandle) }},
-		{statePull, Options{TransferFixed: 20 * time.Second}, func(h string) string { return complete(prompt(50, 3), 5, withHandle(h)) }},
+		{statePull, Options{TransferFixed: 200 * time.Second}, func(h string) string { return complete(prompt(50, 3), 5, withHandle(h)) }},
 		{stateDecode, Options{InterToken: long}, func(string) string { return complete(prompt(50, 3), 5, `,"stream":true`) }},
 	}
 	for _, tt := range tests {
@@ -196,8 +196,7 @@ func TestAbort(t *testing.T) {
 			})
 			eventually(t, tt.state, func() bool { return inState(d, "cmpl-leaver") == tt.state })
 			leave()
-			eventually(t, "abort", func() bool { return len(d.Aborts()) == 1 })
-			if a := d.Aborts()[0]; a.State != tt.state || a.RequestID != "cmpl-leaver" {
+			if a := abortOf(t, d); a.State != tt.state || a.RequestID != "cmpl-leaver" {
 				t.Errorf("abort: %+v", a)
 			}
 			if tt.state == stateQueued || tt.state == statePull {
@@ -215,6 +214,13 @@ func TestAbort(t *testing.T) {
 			}
 		})
 	}
+}
+
+// abortOf is the one abort of e. It is recorded after the request's blocks were freed.
+func abortOf(t *testing.T, e *Engine) Abort {
+	t.Helper()
+	eventually(t, "abort", func() bool { return len(e.Aborts()) == 1 })
+	return e.Aborts()[0]
 }
 
 // inState is the state of a request in e.

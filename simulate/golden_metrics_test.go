@@ -18,7 +18,7 @@ import (
 // a time with the real servers' pages: P with its blocks pinned, P after the pull, D after its answer.
 func TestGoldenMetrics(t *testing.T) {
 	o := goldenOptions("pd")
-	o.Lease = 1000 * time.Second
+	o.Lease = 10 * time.Hour
 	p, d := goldenPair(t, o, 0)
 	g := readGolden(t, "pd", "prefill_basic")
 	r := post(t, p, "/v1/completions", g.request)
@@ -105,7 +105,7 @@ func readPeer(t *testing.T, file string) (out []peerExchange) {
 // TestGoldenPeer repeats what vllm-router sent to a real pair, and compares the answers.
 func TestGoldenPeer(t *testing.T) {
 	o := goldenOptions("pd")
-	o.ScaleOut, o.Lease = false, 1000*time.Second
+	o.ScaleOut, o.Lease = false, 10*time.Hour
 	p, d := goldenPair(t, o, 0)
 	legs, decodes := readPeer(t, "vllm_router_prefill_leg"), readPeer(t, "vllm_router_decode_leg")
 	if len(legs) != 4 || len(decodes) != 4 {

@@ -86,7 +86,7 @@ func TestGoldenDecodeLegs(t *testing.T) {
 			o := goldenOptions("pd")
 			o.LoadFailurePolicy, o.Lease, o.Seed = tt.policy, tt.lease, 7
 			if o.Lease == 0 {
-				o.Lease = 100 * time.Second
+				o.Lease = 10 * time.Hour
 			}
 			p, d := goldenPair(t, o, tt.blocks)
 			path := goldenPath(map[string]string{

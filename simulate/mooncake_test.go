@@ -15,7 +15,7 @@ import (
 // newMooncakePair is a pair with the legs of one transfer.
 func newMooncakePair(t *testing.T, change func(*Options)) (p, d *Engine, prefill, decode string) {
 	t.Helper()
-	o := longLeases()
+	o := pairOptions
 	o.Connector = "mooncake"
 	change(&o)
 	p, d = newPair(t, o)
@@ -82,7 +82,7 @@ func TestMooncakeBootstrap(t *testing.T) {
 }
 
 func TestMooncakeDecodeLegFirst(t *testing.T) {
-	p, d, prefill, decode := newMooncakePair(t, func(o *Options) { o.Scale = 0.1 })
+	p, d, prefill, decode := newMooncakePair(t, func(o *Options) { o.Scale = 1 })
 	answer, _ := begin(t, d, decode)
 	eventually(t, "decode waits", func() bool { return d.Stats().Deferred == 1 })
 	post(t, p, "/v1/completions", prefill)
@@ -113,7 +113,8 @@ func TestMooncakePrefillNeverComes(t *testing.T) {
 }
 
 func TestMooncakePrefillCancelledWhileDecodeWaits(t *testing.T) {
-	p, d, prefill, decode := newMooncakePair(t, func(o *Options) { o.PrefillFixed = time.Hour })
+	t.Parallel()
+	p, d, prefill, decode := newMooncakePair(t, func(o *Options) { o.Scale, o.PrefillFixed = 0.1, 10*time.Hour }) // decode waits 3 s
 	answer, _ := begin(t, d, decode)
 	first, cancel := begin(t, p, prefill)
 	eventually(t, "prefill runs", func() bool { return p.Stats().Running == 1 && d.Stats().Deferred == 1 })
@@ -127,7 +128,8 @@ func TestMooncakePrefillCancelledWhileDecodeWaits(t *testing.T) {
 }
 
 func TestMooncakeDecodeLeavesBeforeThePrefillEnds(t *testing.T) {
-	p, d, prefill, decode := newMooncakePair(t, func(o *Options) { o.Scale, o.PrefillFixed = 0.1, 2*time.Second }) // 200 ms
+	t.Parallel()
+	p, d, prefill, decode := newMooncakePair(t, func(o *Options) { o.Scale, o.PrefillFixed = 1, 3*time.Second })
 	answer, cancel := begin(t, d, decode)
 	first, _ := begin(t, p, prefill)
 	eventually(t, "both run", func() bool { return p.Stats().Running == 1 && d.Stats().Deferred == 1 })

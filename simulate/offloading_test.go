@@ -10,7 +10,7 @@ import (
 )
 
 func offloadOptions() Options {
-	o := longLeases()
+	o := pairOptions
 	o.Connector = "offloading"
 	return o
 }
@@ -28,7 +28,7 @@ func offload(prompt string, maxTokens int, params string) string {
 
 func TestOffloadingFetchWaitsForAPrefillThatRuns(t *testing.T) {
 	o := offloadOptions()
-	o.Scale, o.PrefillFixed = 0.1, time.Second // 100 ms
+	o.Scale, o.PrefillFixed = 1, 100*time.Millisecond // the fetch may wait for 30 s
 	p, d := newPair(t, o)
 	answer, _ := begin(t, d, offload(prompt(200, 1), 4, at("remote_prefiller", "kv-1", p)))
 	eventually(t, "decode waits", func() bool { return d.Stats().Deferred == 1 })
@@ -45,7 +45,7 @@ func TestOffloadingLoadDeadline(t *testing.T) {
 			t.Parallel()
 			o := offloadOptions()
 			o.LoadFailurePolicy, o.MaxNumSeqs = policy, 1
-			o.InterToken = 10 * time.Second // 100 ms
+			o.InterToken = time.Hour
 			p, d := newPair(t, o)
 			busy, stop := begin(t, p, complete(prompt(64, 5), 1000, ""))
 			eventually(t, "busy", func() bool { return p.Stats().Running == 1 })
@@ -64,7 +64,7 @@ func TestOffloadingLoadDeadline(t *testing.T) {
 
 func TestOffloadingAbortDoesNotDropWhatIsComputed(t *testing.T) {
 	o := offloadOptions()
-	o.InterToken = 10 * time.Second // 100 ms
+	o.InterToken = time.Hour
 	p, d := newPair(t, o)
 	answer, cancel := begin(t, p, offload(prompt(200, 1), 1000, parkKV))
 	eventually(t, "decodes", func() bool { return p.Stats().GenerationTokens > 0 })
@@ -81,7 +81,7 @@ func TestOffloadingAbortDoesNotDropWhatIsComputed(t *testing.T) {
 func TestOffloadingTimerIsFixed(t *testing.T) {
 	o := offloadOptions()
 	o.MaxNumSeqs, o.LoadFailurePolicy = 1, policyRecompute
-	o.InterToken = 10 * time.Second // 100 ms
+	o.InterToken = time.Hour
 	p, d := newPair(t, o)
 	busy, stop := begin(t, d, complete(prompt(64, 5), 1000, ""))
 	eventually(t, "busy", func() bool { return d.Stats().Running == 1 })

@@ -135,7 +135,7 @@ func TestScraperReadsTransferQueues(t *testing.T) {
 	p, d := newPair(t, patient)
 	prefill := start(t, p, "/v1/completions", complete(prompt(90, 1), 6, roomOf(p, 7)))
 	decode := start(t, d, "/v1/completions", complete(prompt(90, 1), 6, roomOf(p, 8)))
-	eventually(t, "both wait", func() bool { return len(p.Held()) == 1 && d.Stats().Deferred == 1 })
+	eventually(t, "both wait", func() bool { return bootstraps(p) && d.Stats().Deferred == 1 })
 	page := string(get(t, p, "/metrics").body)
 	if !strings.Contains(page, `sglang:num_prefill_bootstrap_queue_reqs{engine_type="prefill",model_name="tiny",pp_rank="0",tp_rank="0"} 1.0`+"\n") {
 		t.Errorf("prefill: %s", page)

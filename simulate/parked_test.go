@@ -25,7 +25,7 @@ func TestClockJump(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			o := pairOptions
-			o.Scale = 1
+			o.Scale, o.Lease = 1, 30*time.Second
 			p, d := newPair(t, o)
 			h := prefillLeg(t, p, prompt(200, 1), "")
 			before := p.Held()[0].Expires
@@ -53,7 +53,7 @@ func TestClockJump(t *testing.T) {
 }
 
 func TestPushHandle(t *testing.T) {
-	o := longLeases()
+	o := pairOptions
 	o.Connector = "nixl-push"
 	p, d := newPair(t, o)
 	h := prefillLeg(t, p, prompt(200, 1), "")
@@ -68,7 +68,7 @@ func TestPushHandle(t *testing.T) {
 
 // TestPushHandleAtAPullingEngine is a pair whose engines were set up differently.
 func TestPushHandleAtAPullingEngine(t *testing.T) {
-	o := longLeases()
+	o := pairOptions
 	o.Peers, o.Name, o.Connector = NewRegistry(), "p", "nixl-push"
 	p := newEngine(t, o)
 	o.Name, o.Connector = "d", ""
@@ -83,8 +83,10 @@ func TestPushHandleAtAPullingEngine(t *testing.T) {
 
 func TestPushHandleTwice(t *testing.T) {
 	o := pairOptions
-	o.Connector, o.Lease = "nixl-push", 100*time.Second // 1 s, for the registration that nothing answers
-	p, d := newPair(t, o)
+	o.Connector = "nixl-push"
+	short := o
+	short.Lease = 10 * time.Second // 100 ms, for the registration that nothing answers
+	p, d := newPairOf(t, o, short)
 	h := prefillLeg(t, p, prompt(200, 1), "")
 	if r := post(t, d, "/v1/completions", complete(prompt(200, 1), 1, withHandle(h))); r.status != http.StatusOK {
 		t.Errorf("first: status %d", r.status)
@@ -96,7 +98,7 @@ func TestPushHandleTwice(t *testing.T) {
 }
 
 func TestMoRIIOHandle(t *testing.T) {
-	o := longLeases()
+	o := pairOptions
 	o.Connector = "moriio"
 	p, d := newPair(t, o)
 	const ask = `,"kv_transfer_params":{"do_remote_decode":true,"transfer_id":"tx-1"}`

@@ -18,7 +18,7 @@ func onRank(n int) []string { return []string{headerRank, strconv.Itoa(n)} }
 // newRanks is a pair of n ranks each.
 func newRanks(t *testing.T, n int, change func(*Options)) (p, d *Engine) {
 	t.Helper()
-	o := longLeases()
+	o := pairOptions
 	o.Ranks = n
 	change(&o)
 	return newPair(t, o)
@@ -119,7 +119,7 @@ func TestRanksDoNotShareBlocks(t *testing.T) {
 }
 
 func TestLeastLoadedRank(t *testing.T) {
-	p, _ := newRanks(t, 2, func(o *Options) { o.InterToken = time.Second })
+	p, _ := newRanks(t, 2, func(o *Options) { o.InterToken = time.Hour })
 	busy, stop := begin(t, p, complete(prompt(64, 5), 1000, ""))
 	eventually(t, "busy", func() bool { return p.Stats().Running == 1 })
 	rank := slices.IndexFunc(p.current.ranks, func(q *process) bool { return q.load4() > 0 })

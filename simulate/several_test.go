@@ -25,7 +25,7 @@ func TestSeveralAnswersOfOnePrefill(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			p, d := newPair(t, longLeases())
+			p, d := newPair(t, pairOptions)
 			want := text(t, post(t, d, "/v1/completions", complete(tt.decode, 8, `,"cache_salt":"s"`)))
 			h := prefillLeg(t, p, tt.prompt, tt.extra)
 			if n := len(p.Held()); n != 2 {
@@ -52,7 +52,7 @@ func TestSeveralAnswersOfOnePrefill(t *testing.T) {
 
 // TestDecodeOfOneToken pulls the whole prompt for the token that the prefill had made.
 func TestDecodeOfOneToken(t *testing.T) {
-	p, d := newPair(t, longLeases())
+	p, d := newPair(t, pairOptions)
 	r := post(t, p, "/v1/completions", complete(prompt(200, 1), 1, askHandle))
 	got := post(t, d, "/v1/completions", complete(prompt(200, 1), 1, extra(t, transferOf(t, r))))
 	if text(t, got) != text(t, r) || d.Stats().PulledTokens != 200 {
@@ -87,7 +87,7 @@ func TestWireKilled(t *testing.T) {
 		t.Run(d.connector, func(t *testing.T) {
 			t.Parallel()
 			o := d.options()
-			o.TransferFixed = 20 * time.Second // 200 ms
+			o.TransferFixed = 150 * time.Second // 1.5 s
 			p, dec := newPair(t, o)
 			for i, killed := range []*Engine{dec, p} {
 				first := d.prefill(t, p, prompt(200, i))

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// slowLease keeps leases from ending within a test that does not wait for it.
-var pairOptions = Options{BlockSize: 32, NumBlocks: 400}
+// pairOptions are those of a pair whose leases end only by leaks or with the test, however slow the machine.
+var pairOptions = Options{BlockSize: 32, NumBlocks: 400, Lease: 10 * time.Hour}
 
 func TestDisaggregatedEqualsAggregated(t *testing.T) {
 	p, d := newPair(t, pairOptions)
@@ -81,10 +81,9 @@ func TestStaleHandleGivesAnotherPromptsText(t *testing.T) {
 	p, d := newPair(t, o)
 	want := text(t, post(t, d, "/v1/completions", complete(prompt(200, 1), 12, `,"cache_salt":"other"`)))
 	h := prefillLeg(t, p, prompt(200, 1), "")
-	settle(t, p) // the lease ends
-	leaks := p.Leaked()
-	if len(leaks) != 1 || leaks[0].Blocks != 7 || metric(t, p, "vllm:nixl_num_kv_expired_reqs_total") != "1.0" {
-		t.Fatalf("leaks: %+v", leaks)
+	leaks(t, p, 1)
+	if l := p.Leaked(); len(l) != 1 || l[0].Blocks != 7 || metric(t, p, "vllm:nixl_num_kv_expired_reqs_total") != "1.0" {
+		t.Fatalf("leaks: %+v", l)
 	}
 	if got := text(t, post(t, d, "/v1/completions", complete(prompt(200, 1), 12, `,"cache_salt":"a"`+withHandle(h)))); got != want {
 		t.Errorf("blocks not reused yet: %q, want %q", got, want)
@@ -163,10 +162,7 @@ func TestMisuse(t *testing.T) {
 				t.Errorf("%d holds left: %+v", n, p.Held())
 			}
 			checkDeath(t, d, tt.dies)
-			settle(t, p)
-			if n := len(p.Leaked()); n != tt.leaks {
-				t.Errorf("%d leaks, want %d", n, tt.leaks)
-			}
+			leaks(t, p, tt.leaks)
 		})
 	}
 }
@@ -276,10 +272,7 @@ func TestPrefillLegsWithoutHandle(t *testing.T) {
 			if len(p.Held()) != tt.n {
 				t.Errorf("held: %+v", p.Held())
 			}
-			settle(t, p)
-			if len(p.Leaked()) != tt.leaks {
-				t.Errorf("leaks: %+v", p.Leaked())
-			}
+			leaks(t, p, tt.leaks)
 		})
 	}
 }
@@ -322,22 +315,29 @@ func TestLoopbackHandleIsTheDecodersOwnHost(t *testing.T) {
 	}
 }
 
+// TestHeartbeatsKeepALease has the decode leg queued until the lease would have ended. The prefill engine's lease is
+// long, but for a jump of its clock that leaves 2 s of it; the decode engine's makes the heartbeats frequent.
 func TestHeartbeatsKeepALease(t *testing.T) {
-	o := pairOptions
-	o.MaxNumSeqs = 1
-	o.Scale = 1
-	o.Lease = 600 * time.Millisecond
-	o.InterToken = 8 * time.Millisecond
-	p, d := newPair(t, o)
-	done := make(chan reply, 1)
-	go func() { done <- post(t, d, "/v1/completions", complete(prompt(64, 5), 150, "")) }()
+	queued := pairOptions
+	queued.MaxNumSeqs, queued.InterToken, queued.Lease = 1, time.Hour, heartbeats*10*time.Second // a heartbeat each 100 ms
+	p, d := newPairOf(t, pairOptions, queued)
+	busy, stop := begin(t, d, complete(prompt(64, 5), 150, ""))
 	eventually(t, "running", func() bool { return d.Stats().Running == 1 })
 	h := prefillLeg(t, p, prompt(200, 1), "")
-	r := post(t, d, "/v1/completions", complete(prompt(200, 1), 4, withHandle(h)))
-	if r.status != http.StatusOK || len(p.Leaked()) != 0 || d.Stats().WrongPulls != 0 {
-		t.Errorf("status %d, leaks %+v", r.status, p.Leaked())
+	answer, _ := begin(t, d, complete(prompt(200, 1), 1, withHandle(h)))
+	eventually(t, "queued", func() bool { return d.Stats().Waiting == 1 })
+	p.JumpClock(time.Duration(float64(time.Until(p.Held()[0].Expires)-2*time.Second) / fast))
+	end := time.Now().Add(2 * time.Second)
+	eventually(t, "end of the lease as it was", func() bool { return time.Now().After(end) })
+	if held := p.Held(); len(held) != 1 || held[0].Expires.Before(end.Add(time.Minute)) {
+		t.Errorf("held: %+v, leaks %+v", held, p.Leaked())
 	}
-	<-done
+	stop()
+	<-busy
+	if r := <-answer; r.status != http.StatusOK || d.Stats().WrongPulls != 0 || d.Stats().Pulls != 1 {
+		t.Errorf("status %d, stats %+v", r.status, d.Stats())
+	}
+	leaks(t, p, 0)
 }
 
 // metric is the value of one sample of the page; without labels the engine's own are meant.

@@ -111,16 +111,9 @@ func begin(t *testing.T, e *Engine, body string) (answer <-chan reply, cancel fu
 	return out, cancel
 }
 
-// longLeases are the options of a pair whose leases end only by leaks, however slow the machine.
-func longLeases() Options {
-	o := pairOptions
-	o.Lease = 10 * time.Hour
-	return o
-}
-
 // options are those of a pair that speaks the dialect.
 func (d dialect) options() Options {
-	o := longLeases()
+	o := pairOptions
 	o.Connector = d.connector
 	return o
 }
@@ -180,15 +173,15 @@ func TestWireHoldTimes(t *testing.T) {
 		t.Run(d.connector, func(t *testing.T) {
 			t.Parallel()
 			o := d.options()
-			o.Lease = 0
+			o.Lease, o.Scale = 0, 1
 			p, _ := newPair(t, o)
 			d.prefill(t, p, prompt(200, 1))
 			held := p.Held()
 			if len(held) != 1 {
 				t.Fatalf("held: %+v", held)
 			}
-			if got, want := held[0].Expires.Sub(held[0].Since), time.Duration(float64(d.hold)*fast); got != want {
-				t.Errorf("held for %v, want %v", got, want)
+			if got := held[0].Expires.Sub(held[0].Since); got != d.hold {
+				t.Errorf("held for %v, want %v", got, d.hold)
 			}
 			p.JumpClock(d.hold)
 			leaks(t, p, 1)
@@ -236,7 +229,7 @@ func TestWireDecodeCancelledInTheQueue(t *testing.T) {
 			t.Parallel()
 			o := d.options()
 			o.MaxNumSeqs = 1
-			o.InterToken = time.Second // 10 ms
+			o.InterToken = time.Hour
 			p, dec := newPair(t, o)
 			busy, stop := begin(t, dec, complete(prompt(64, 5), 1000, ""))
 			eventually(t, "busy", func() bool { return dec.Stats().Running == 1 })
