@@ -154,7 +154,7 @@ func rows() []row {
 			w := mended("engine_error")(f)
 			w.expired = -2 // what an engine in trouble keeps, nobody outside knows
 			for i := range w.or {
-				w.or[i].expired = -2
+				w.or[i].expired, w.or[i].served = -2, true
 			}
 			return w
 		}},
