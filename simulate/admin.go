@@ -34,6 +34,8 @@ type Stats struct {
 	PrefixHits       int `json:"prefix_cache_hits"`    // tokens
 	RemoteTokens     int `json:"remote_tokens"`        // prompt tokens that came by a pull
 	Expired          int `json:"kv_expired"`           // leases
+	KVEvents         int `json:"kv_events"`            // messages of KV events, those that a fault held back included
+	KVEventsDropped  int `json:"kv_events_dropped"`    // messages that a slow subscriber did not get
 
 	// Over all processes.
 	Requests      int `json:"requests"`
@@ -97,6 +99,10 @@ func (s *Stats) addRank(p *process) {
 	s.PrefixHits += int(m.get(sl.prefixHits))
 	s.RemoteTokens += int(m.get(sl.sourceRemote))
 	s.Expired += int(m.get(sl.expired))
+	if p.events != nil {
+		s.KVEvents += int(p.events.next)                 //nolint:gosec // a count
+		s.KVEventsDropped += int(p.events.pub.Dropped()) //nolint:gosec // a count
+	}
 }
 
 // serveFaults reads (GET) or replaces (POST, PUT) the engine's faults.

@@ -28,6 +28,8 @@ type blockCache struct {
 	index  map[uint64]int32 // key to block
 	open   map[int32]openBlock
 	free   int // blocks with no reference, the never used ones included
+
+	evicted func(id int32) // told of each block that leaves the prefix cache; nil for nobody
 }
 
 func newBlockCache(size, total int) *blockCache {
@@ -97,8 +99,15 @@ func (c *blockCache) allocOne() int32 {
 func (c *blockCache) forget(id int32) {
 	if k := c.blocks[id].key; k != 0 && c.index[k] == id {
 		delete(c.index, k)
+		c.tellEvicted(id)
 	}
 	delete(c.open, id)
+}
+
+func (c *blockCache) tellEvicted(id int32) {
+	if c.evicted != nil {
+		c.evicted(id)
+	}
 }
 
 // release gives back one reference of each block, the last first, so that a prefix outlives what follows it.
@@ -135,6 +144,7 @@ func (c *blockCache) evict() int {
 		if c.blocks[id].refs == 0 {
 			c.blocks[id].key = 0
 			delete(c.index, k)
+			c.tellEvicted(id)
 			n++
 		}
 	}

@@ -100,6 +100,7 @@ func naturalLength(seed uint64) int { return 16 + int(mix(seed)%112) }
 func (p *process) growAll(g *group) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	defer p.flush()
 	for _, q := range g.seqs {
 		if q.finish != "" || len(q.tokens) >= q.prompt+len(q.generated) {
 			continue

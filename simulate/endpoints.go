@@ -180,7 +180,7 @@ func (p *process) serveDetokenize(x *exchange) {
 func (p *process) serveResetCache(x *exchange) {
 	for _, q := range p.ranks {
 		q.mu.Lock()
-		q.cache.evict()
+		q.resetCache()
 		q.mu.Unlock()
 	}
 	p.serveHealth(x)

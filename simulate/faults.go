@@ -14,10 +14,12 @@ import (
 
 // Faults are what goes wrong on one engine. They are read from JSON by POST /admin/faults, which replaces all of them.
 type Faults struct {
-	Rules   []Fault `json:"rules,omitempty"`   // the first that matches a request is injected
-	Metrics string  `json:"metrics,omitempty"` // see [MetricsFaults]
-	Encoder string  `json:"encoder,omitempty"` // what an encoder answers those who read from it: a NACK kind, "silent" or "stall"
-	Refuse  bool    `json:"refuse,omitempty"`  // the listener is closed: connections are refused
+	Rules         []Fault `json:"rules,omitempty"`           // the first that matches a request is injected
+	Metrics       string  `json:"metrics,omitempty"`         // see [MetricsFaults]
+	Encoder       string  `json:"encoder,omitempty"`         // what an encoder answers those who read from it: a NACK kind, "silent" or "stall"
+	KVEvents      string  `json:"kv_events,omitempty"`       // what happens to messages of KV events; see [KVEventFaults]
+	KVEventsEvery int     `json:"kv_events_every,omitempty"` // to one message in so many; default 1: to each
+	Refuse        bool    `json:"refuse,omitempty"`          // the listener is closed: connections are refused
 }
 
 // Fault breaks some generation requests in one way.
@@ -76,6 +78,10 @@ const (
 	metricsServerError = "500"
 
 	metricsContradictory = "contradictory"
+
+	kvDrop      = "drop"
+	kvDuplicate = "duplicate"
+	kvReorder   = "reorder"
 )
 
 // MetricsFaults lists the values of [Faults.Metrics] with what each does.
@@ -87,6 +93,15 @@ func MetricsFaults() map[string]string {
 		metricsMissing:       "no load gauges",
 		metricsContradictory: "load gauges out of range and at odds with each other",
 		metricsServerError:   "status 500",
+	}
+}
+
+// KVEventFaults lists the values of [Faults.KVEvents] with what each does.
+func KVEventFaults() map[string]string {
+	return map[string]string{
+		kvDrop:      "not sent; a replay has it",
+		kvDuplicate: "sent twice",
+		kvReorder:   "sent after the one that follows it",
 	}
 }
 
@@ -132,6 +147,9 @@ func (f *Faults) check() error {
 	}
 	if _, ok := MetricsFaults()[f.Metrics]; !ok && f.Metrics != "" {
 		errs = append(errs, fmt.Errorf("metrics: %q is not known", f.Metrics))
+	}
+	if _, ok := KVEventFaults()[f.KVEvents]; (!ok && f.KVEvents != "") || f.KVEventsEvery < 0 {
+		errs = append(errs, fmt.Errorf("kv_events: %q, kv_events_every: %d: not known, or below 0", f.KVEvents, f.KVEventsEvery))
 	}
 	if !slices.Contains(encoderFaults(), f.Encoder) {
 		errs = append(errs, fmt.Errorf("encoder: %q is not known", f.Encoder))
@@ -184,6 +202,7 @@ type faultState struct {
 	mu     sync.Mutex
 	faults Faults
 	frozen [maxRanks]*meter // the metrics page's values while it is frozen, by rank
+	told   int              // messages of KV events since the faults were set
 }
 
 func (s *faultState) set(f Faults) {
@@ -197,13 +216,23 @@ func (s *faultState) set(f Faults) {
 	f.Rules = rules
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults, s.frozen = f, [maxRanks]*meter{}
+	s.faults, s.frozen, s.told = f, [maxRanks]*meter{}, 0
 }
 
 func (s *faultState) get() Faults {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.faults
+}
+
+// kvEvent returns what happens to the next message of KV events, "" for nothing.
+func (s *faultState) kvEvent() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.told++; s.told%max(s.faults.KVEventsEvery, 1) != 0 {
+		return ""
+	}
+	return s.faults.KVEvents
 }
 
 // pick returns the fault to inject into c, nil for none.

@@ -13,10 +13,12 @@ type sequence struct {
 	prompt  int // prompt tokens
 	id      string
 	salt    uint64
-	root    uint64    // hash before the first token; differs per adapter
-	tokens  []uint32  // whose KV the blocks hold: the prompt, then what was generated
-	chain   []uint64  // hash of each full block's prefix
-	sibling *sequence // another answer to the same prompt, whose full blocks this one shares
+	root    uint64      // hash before the first token; differs per adapter
+	tokens  []uint32    // whose KV the blocks hold: the prompt, then what was generated
+	chain   []uint64    // hash of each full block's prefix
+	hashes  []blockHash // vLLM's, as far as KV events needed them
+	extra   *extraKeys  // of hashes; nil without KV events
+	sibling *sequence   // another answer to the same prompt, whose full blocks this one shares
 
 	blocks   []int32
 	cached   int    // prompt tokens found in the prefix cache

@@ -16,6 +16,7 @@ type lease struct {
 	raw      json.RawMessage // the handle as given out; nil when none was
 	noRaw    string          // why none was
 	buffered *written        // what another engine wrote here, in the place of blocks
+	parked   []blockHash     // told as stored in CPU memory
 	why      string          // of the leak, when nobody comes; default "lease expired"
 	since    time.Time
 	expires  time.Time   // zero for never
@@ -162,6 +163,9 @@ func (p *process) freeLocked(l *lease) {
 	delete(p.leases, l.id)
 	if l.timer != nil {
 		l.timer.Stop()
+	}
+	if l.parked != nil {
+		p.events.unpark(l.parked)
 	}
 	p.cache.release(l.blocks)
 	p.admit()

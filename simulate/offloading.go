@@ -196,6 +196,8 @@ func (p *process) storeCached(q *sequence, contents []uint64) int {
 		p.cache.fill(q.blocks[at], q.key(q.chain[at]), contents[i])
 	}
 	if n > 0 {
+		p.announce(q, first, 0)
+		p.flush()
 		q.pulled, q.remote = first+n, n*p.cache.size
 	}
 	return max(n, 0)

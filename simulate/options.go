@@ -72,6 +72,7 @@ type Options struct {
 	Embeddings       bool     // answer /v1/embeddings, as embedding models do
 	HidePromptDetail bool     // usage.prompt_tokens_details null (without --enable-prompt-tokens-details)
 	MetricsPage      MetricsPage
+	KVEvents         KVEvents // what is told about the prefix cache
 
 	// Testing.
 	Faults       Faults
@@ -127,6 +128,7 @@ func (o Options) withDefaults() (Options, error) {
 	orDefault(&o.Ranks, 1)
 	orDefault(&o.LoadFailurePolicy, policyFail)
 	orDefault(&o.TPSize, 1)
+	o.KVEvents.setDefaults()
 	orDefault(&o.RecordBodies, 256)
 	orDefault(&o.RecordBytes, 4<<20)
 	if len(o.LoRAs) > 0 {
@@ -187,6 +189,7 @@ func (o Options) check() error {
 	if !slices.Contains([]string{"", encoderExample, encoderNIXL}, o.Encoder) {
 		errs = append(errs, fmt.Errorf("--encoder: %q, must be empty, %s or %s", o.Encoder, encoderExample, encoderNIXL))
 	}
+	errs = append(errs, o.KVEvents.check(o.Ranks))
 	if o.Generation != "" && o.Generation != generationOld {
 		errs = append(errs, fmt.Errorf("--generation: %q, must be empty or old", o.Generation))
 	}

@@ -21,6 +21,9 @@ func (p *process) keepLocked(q *sequence, l *lease, d time.Duration) {
 		p.leakLocked(old, "replaced by another request of the same id")
 	}
 	l.tokens, l.since = len(q.tokens), time.Now()
+	if p.events != nil && p.e.opts.Connector == connectorOffload {
+		l.parked = p.events.park(q)
+	}
 	l.blocks, q.blocks = q.blocks, nil
 	p.leases[l.id] = l
 	if d > 0 {

@@ -69,6 +69,8 @@ func NewPool(o PoolOptions) (*Pool, error) {
 			if o.BasePort > 0 {
 				port = o.BasePort + len(p.engines)
 			}
+			before := len(p.engines) * max(one.Ranks, 1)
+			one.KVEvents.Endpoint, one.KVEvents.Replay = shifted(one.KVEvents.Endpoint, before), shifted(one.KVEvents.Replay, before)
 			if one.SidePort > 0 {
 				one.SidePort += len(p.engines)
 			}
@@ -128,6 +130,7 @@ func (o PoolOptions) check() error {
 	if o.RankPorts && o.Template.Ranks > maxRanks {
 		errs = append(errs, fmt.Errorf("--data-parallel-size: %d, must be from 1 to %d", o.Template.Ranks, maxRanks))
 	}
+	errs = append(errs, o.Template.KVEvents.checkApart(total*max(o.Template.Ranks, 1)))
 	total *= o.rankEngines()
 	if o.BasePort < 0 || o.BasePort > 0 && o.BasePort+max(total, 1)-1 > 65535 {
 		errs = append(errs, fmt.Errorf("--base-port: %d, must be 0 or leave %d ports up to 65535", o.BasePort, max(total, 1)))

@@ -152,6 +152,11 @@ func (p *process) stop(own net.Conn) {
 	if p.side != nil {
 		_ = p.side.Close()
 	}
+	for _, q := range p.ranks {
+		if q.events != nil {
+			q.events.close()
+		}
+	}
 	p.cancel()
 	if keep {
 		p.e.reserve(p.ports()...)
@@ -180,12 +185,13 @@ func (p *process) wait() {
 
 // ports are the addresses that the process listens on.
 func (p *process) ports() []netip.AddrPort {
+	ports := append(p.e.eventPorts(), p.addr)
 	if p.side == nil {
-		return []netip.AddrPort{p.addr}
+		return ports
 	}
 	p.e.mu.Lock()
 	defer p.e.mu.Unlock()
-	return []netip.AddrPort{p.addr, p.e.sideAddr}
+	return append(ports, p.e.sideAddr)
 }
 
 // refuse closes the listener, or opens it again on the same address.

@@ -54,6 +54,8 @@ func routeOf(path string) *route {
 		return &route{http.MethodGet, apiCompletions, (*process).serveWeightInfo}
 	case "/version":
 		return &route{http.MethodGet, apiCompletions, (*process).serveVersion}
+	case "/kv_event_sources":
+		return &route{http.MethodGet, apiCompletions, (*process).serveEventSources}
 	case "/load":
 		return &route{http.MethodGet, apiCompletions, (*process).serveLoad}
 	case "/metrics", "/metrics/", "/prometheus/metrics":

@@ -67,6 +67,7 @@ func (p *process) newGroup(c *call) *group {
 			g.seqs = append(g.seqs, q)
 		}
 	}
+	p.addExtraKeys(c, g)
 	g.slots = min(len(g.seqs), p.e.opts.MaxNumSeqs)
 	return g
 }
@@ -275,6 +276,7 @@ func (p *process) compute(ctx context.Context, g *group) bool {
 	for _, q := range g.seqs {
 		q.created += p.computed(q)
 	}
+	p.flush()
 	p.mu.Unlock()
 	return true
 }

@@ -22,6 +22,7 @@ type scheduler struct {
 	agents   map[string]struct{}        // engine ids this process shook hands with
 	adapters map[string]int             // sequences per running LoRA adapter
 	meter    meter
+	events   *kvEvents // nil when the engine publishes none; immutable after openEvents
 }
 
 // ticket is a group's place in the queue.
@@ -228,6 +229,7 @@ func (s *scheduler) computed(q *sequence) (created int) {
 		}
 		s.cache.fill(q.blocks[i], keys[i], q.chain[i]^q.wrong)
 	}
+	s.announce(q, 0, s.opts.KVEvents.StepTokens)
 	if rest := len(q.tokens) % s.cache.size; rest > 0 {
 		s.fillOpen(q)
 	}
@@ -264,6 +266,7 @@ func (s *scheduler) grow(q *sequence, token uint32) bool {
 		h := chainHash(q.parent(), q.tokens[len(q.tokens)-s.cache.size:])
 		q.chain = append(q.chain, h)
 		s.cache.fill(id, q.key(h), h^q.wrong)
+		s.announce(q, len(q.chain)-1, 0)
 	}
 	return true
 }

@@ -5,8 +5,9 @@
 // of [Options.Connector]), of SGLang or of TensorRT-LLM ([Options.Engine]) on a virtual accelerator with a block pool, a
 // prefix cache, a queue and a timing model for each data-parallel rank. vLLM's NIXL pull is held to a recorded server;
 // the others follow the engines' sources as read, not a run. They answer as the real server does when it is misused,
-// they can be told to fail ([Faults]), and they account for every KV block ([Engine.Held], [Engine.Leaked],
-// [Engine.Pulls]). The one type is [Engine]; a [Pool] is many of them in one process.
+// they can be told to fail ([Faults]), they publish what their prefix caches hold ([KVEvents]), and they account for
+// every KV block ([Engine.Held], [Engine.Leaked], [Engine.Pulls]). The one type is [Engine]; a [Pool] is many of them in
+// one process.
 //
 // Every duration passes through [Options.Scale]: with 0.01 a 30 s lease ends after 0.3 s.
 package simulate
@@ -41,13 +42,14 @@ type Engine struct {
 	closed  bool
 	revival *time.Timer // of a kill by POST /admin/kill that is to be followed by a restart
 
-	mu       sync.Mutex // guards what follows
-	rng      *rand.Rand
-	addr     netip.AddrPort // as bound first; kept over Kill and Restart
-	sideAddr netip.AddrPort // of the wire's own server, likewise; zero for none
-	current  *process       // nil before Start, after Kill and after Close
-	last     *process       // the process whose goroutines Close and Restart wait for
-	reserved []reservation  // of ports on which the engine does not listen now
+	mu         sync.Mutex // guards what follows
+	rng        *rand.Rand
+	addr       netip.AddrPort // as bound first; kept over Kill and Restart
+	sideAddr   netip.AddrPort // of the wire's own server, likewise; zero for none
+	eventAddrs []eventAddrs   // of the ranks' KV events, likewise; nil for none
+	current    *process       // nil before Start, after Kill and after Close
+	last       *process       // the process whose goroutines Close and Restart wait for
+	reserved   []reservation  // of ports on which the engine does not listen now
 }
 
 // New checks o and returns an engine. It starts nothing.
@@ -150,7 +152,7 @@ func (e *Engine) startLocked(addr string) error {
 		return errors.Join(fmt.Errorf("engine %s: %w", e.opts.Name, err), ln.Close())
 	}
 	p := newProcess(e, bound)
-	if err := p.openSide(); err != nil {
+	if err := errors.Join(p.openSide(), p.openEvents()); err != nil {
 		p.stop(nil)
 		return errors.Join(fmt.Errorf("engine %s: %w", e.opts.Name, err), ln.Close())
 	}

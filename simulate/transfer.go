@@ -181,6 +181,7 @@ func (p *process) store(g *group, contents []blockContent, rec Pull) (ok bool, d
 		rec.Blocks += n
 		rec.Wrong = rec.Wrong || q.wrong != 0
 	}
+	p.flush()
 	rec.Bytes = rec.Blocks * p.cache.size * bytesPerToken
 	p.meter.pulled(rec, p.e.timing)
 	p.mu.Unlock()
@@ -208,6 +209,7 @@ func (p *process) storeOne(q *sequence, contents []blockContent) {
 		}
 		p.cache.fill(q.blocks[at], key, full)
 	}
+	p.announce(q, first, 0)
 	q.pulled = len(q.blocks)
 	q.remote = q.prompt - q.cached
 }

@@ -17,8 +17,9 @@ and faults on demand. No GPU, no model.
   baton simulate --prefill 2 --decode 3 --base-port 18100 --endpoints-file endpoints.yaml
 
 The endpoints file is what baton serve's file-discovery reads, with the labels that the connector needs. --connector
-mooncake opens a bootstrap server beside each engine; the other side channels are inside the process. Each engine
-answers its own API and, beside it,
+mooncake opens a bootstrap server beside each engine; the other side channels are inside the process.
+--kv-events-endpoint publishes what the prefix caches hold, as vLLM does. Each engine answers its own API (GET
+/kv_event_sources says where it publishes) and, beside it,
   GET  /admin/state    what it holds, leaked, pulled and aborted
   POST /admin/clock    {"jump_ms":30000} moves the clock of the lease timers
   POST /admin/faults   {"rules":[{"phase":"prefill","kind":"status","status":503,"probability":0.1}]}`
@@ -45,6 +46,7 @@ func newSimulate() *cobra.Command {
 	fs := cmd.Flags()
 	fs.SortFlags = false
 	simulateFlags(fs, &o)
+	eventFlags(fs, &o.Template)
 	fs.StringArrayVar(&faults, "fault", nil, "inject a fault, such as kind=status,phase=prefill,status=503,next=2; may be repeated")
 	fs.IntVarP(&verbosity, "v", "v", verbosity, "log verbosity")
 	return cmd
@@ -87,4 +89,13 @@ func simulateFlags(fs *pflag.FlagSet, o *simulate.PoolOptions) {
 	fs.DurationVar(&t.Lease, "lease", 0, "how long a finished prefill is held (default the connector's, 30s for nixlv2)")
 	fs.StringVar(&t.LoadFailurePolicy, "kv-load-failure-policy", "", "fail (default) or recompute")
 	fs.StringVar(&t.RemoteHost, "remote-host", "", "host in KV handles (default the engine's)")
+}
+
+// eventFlags are those of KV events.
+func eventFlags(fs *pflag.FlagSet, t *simulate.Options) {
+	fs.StringVar(&t.KVEvents.Endpoint, "kv-events-endpoint", "", "publish KV events at tcp://*:PORT on the engine's address: the first engine's port, the other ranks and engines follow (0 = free ports, see GET /kv_event_sources)")
+	fs.StringVar(&t.KVEvents.Replay, "kv-events-replay-endpoint", "", "answer replay requests for KV events, likewise")
+	fs.StringVar(&t.KVEvents.Topic, "kv-events-topic", "", "topic of KV events; {addr} and {model} stand for the engine's")
+	fs.StringVar(&t.KVEvents.Encoding, "kv-events-encoding", "", `"" for maps (vLLM 0.32), "array" for what was before`)
+	fs.StringVar(&t.HashSeed, "hash-seed", "", "PYTHONHASHSEED of the engines (default that of a vLLM 0.32 without it)")
 }
