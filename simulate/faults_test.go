@@ -26,7 +26,7 @@ func TestFaults(t *testing.T) {
 	cut := func(r reply, err error) bool {
 		return errors.Is(err, syscall.ECONNRESET) || errors.Is(r.err, syscall.ECONNRESET)
 	}
-	hangs := func(_ reply, err error) bool { return errors.Is(err, context.DeadlineExceeded) }
+	hangs := func(r reply, err error) bool { return r.status == 0 && errors.Is(err, context.Canceled) }
 	hangsInside := func(r reply, err error) bool {
 		return err == nil && errors.Is(r.err, context.Canceled) && len(r.body) > 0
 	}
@@ -97,15 +97,19 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// sendToFaulty is send with a client that leaves 300 ms after the last byte that it can hope for.
+// sendToFaulty is send with a client that leaves an answer that hangs: 300 ms after the fault, or after the first byte of
+// the body where there is one.
 func sendToFaulty(t *testing.T, e *Engine, kind, body string) (reply, error) {
 	t.Helper()
 	const wait = 300 * time.Millisecond
 	url := e.URL() + "/v1/completions"
 	if kind == faultHang {
-		ctx, cancel := context.WithTimeout(t.Context(), wait)
-		defer cancel()
-		return send(ctx, t, http.MethodPost, url, body)
+		before := e.Stats().Injected
+		answer, leave := begin(t, e, body)
+		eventually(t, "the fault", func() bool { return e.Stats().Injected > before })
+		defer time.AfterFunc(wait, leave).Stop()
+		r := <-answer
+		return r, r.err
 	}
 	if kind != faultHangMid {
 		return send(t.Context(), t, http.MethodPost, url, body)

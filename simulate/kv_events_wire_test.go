@@ -77,8 +77,8 @@ func (s *kvSubscriber) next(t *testing.T) kvMessage {
 	select {
 	case m := <-s.messages:
 		return m
-	case <-time.After(10 * time.Second):
-		t.Fatal("no message within 10s")
+	case <-time.After(patience):
+		t.Fatalf("no message within %v", patience)
 		return kvMessage{}
 	}
 }

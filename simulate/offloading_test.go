@@ -45,7 +45,7 @@ func TestOffloadingLoadDeadline(t *testing.T) {
 			t.Parallel()
 			o := offloadOptions()
 			o.LoadFailurePolicy, o.MaxNumSeqs = policy, 1
-			o.InterToken = time.Hour
+			o.InterToken = 10 * time.Second // 100 ms
 			p, d := newPair(t, o)
 			busy, stop := begin(t, p, complete(prompt(64, 5), 1000, ""))
 			eventually(t, "busy", func() bool { return p.Stats().Running == 1 })
@@ -64,7 +64,7 @@ func TestOffloadingLoadDeadline(t *testing.T) {
 
 func TestOffloadingAbortDoesNotDropWhatIsComputed(t *testing.T) {
 	o := offloadOptions()
-	o.InterToken = time.Hour
+	o.InterToken = 10 * time.Second // 100 ms
 	p, d := newPair(t, o)
 	answer, cancel := begin(t, p, offload(prompt(200, 1), 1000, parkKV))
 	eventually(t, "decodes", func() bool { return p.Stats().GenerationTokens > 0 })
@@ -81,7 +81,7 @@ func TestOffloadingAbortDoesNotDropWhatIsComputed(t *testing.T) {
 func TestOffloadingTimerIsFixed(t *testing.T) {
 	o := offloadOptions()
 	o.MaxNumSeqs, o.LoadFailurePolicy = 1, policyRecompute
-	o.InterToken = time.Hour
+	o.InterToken = 10 * time.Second // 100 ms
 	p, d := newPair(t, o)
 	busy, stop := begin(t, d, complete(prompt(64, 5), 1000, ""))
 	eventually(t, "busy", func() bool { return d.Stats().Running == 1 })

@@ -32,11 +32,12 @@ type Options struct {
 	SidePort   int    // of the connector's own HTTP server, such as Mooncake's bootstrap server; 0 takes a free port
 
 	// Capacity.
-	BlockSize   int // tokens per KV block; default 16 (vLLM on CPU: 32)
-	NumBlocks   int // KV blocks, one of them the null block; default 4096
-	MaxNumSeqs  int // sequences that run at once; default 256
-	MaxWaiting  int // sequences that may wait; more are answered 503; 0 is no limit
-	MaxModelLen int // tokens of prompt and answer; default what the blocks hold, 131072 at most
+	BlockSize    int    // tokens per KV block; default 16 (vLLM on CPU: 32)
+	NumBlocks    int    // KV blocks, one of them the null block; default 4096
+	KVCacheDtype string // SGLang's --kv-cache-dtype; engines of different ones do not connect; default "auto"
+	MaxNumSeqs   int    // sequences that run at once; default 256
+	MaxWaiting   int    // sequences that may wait; more are answered 503; 0 is no limit
+	MaxModelLen  int    // tokens of prompt and answer; default what the blocks hold, 131072 at most
 
 	// Time, real before scaling.
 	Scale            float64       // multiplies every duration; default 1
@@ -48,7 +49,7 @@ type Options struct {
 	LoadStretch      float64       // a full batch is slower by 1+LoadStretch; default 1, negative is none
 	Encode           time.Duration // per image or other media item, on whoever encodes it; default 20ms
 	Handshake        time.Duration // first contact of a decode engine with a prefill engine; default 50ms (real pairs: up to 5s)
-	Lease            time.Duration // how long finished prefills stay pinned; default the connector's, for NIXL 30s (kv_lease_duration)
+	Lease            time.Duration // how long finished prefills stay pinned; default the connector's, for NIXL 30s (kv_lease_duration), 480s in the old generation
 	KeepAlive        time.Duration // idle connections are closed after it; default 5s as uvicorn, 1s at least however small Scale is
 
 	// KV transfer.
@@ -104,6 +105,7 @@ const (
 	maxDefaultLen    = 131072
 	minKeepAlive     = time.Second
 	maxRanks         = 8
+	oldHold          = 480 * time.Second // VLLM_NIXL_ABORT_REQUEST_TIMEOUT, before kv_lease_duration
 	policyFail       = "fail"
 	policyRecompute  = "recompute"
 	generationOld    = "old"
@@ -121,6 +123,7 @@ func (o Options) withDefaults() (Options, error) {
 	orDefault(&o.Addr, "127.0.0.1:0")
 	orDefault(&o.Model, "tiny")
 	orDefault(&o.BlockSize, defaultBlockSize)
+	orDefault(&o.KVCacheDtype, "auto")
 	orDefault(&o.NumBlocks, defaultBlocks)
 	orDefault(&o.MaxNumSeqs, defaultSeqs)
 	orDefault(&o.Scale, 1)
@@ -198,6 +201,10 @@ func (o Options) check() error {
 
 func (o Options) timing() timing {
 	kind, _ := wireKindOf(o.Engine, o.Connector)
+	hold := kind.hold
+	if kind.connector == connectorNIXL && o.Generation == generationOld {
+		hold = oldHold
+	}
 	t := timing{
 		prefillFixed:     o.duration(o.PrefillFixed, 5*time.Millisecond),
 		prefillPerToken:  o.duration(o.PrefillPerToken, 20*time.Microsecond),
@@ -206,7 +213,7 @@ func (o Options) timing() timing {
 		interToken:       o.duration(o.InterToken, 5*time.Millisecond),
 		encode:           o.duration(o.Encode, 20*time.Millisecond),
 		handshake:        o.duration(o.Handshake, 50*time.Millisecond),
-		lease:            o.duration(o.Lease, kind.hold),
+		lease:            o.duration(o.Lease, hold),
 		keepAlive:        o.duration(o.KeepAlive, 5*time.Second),
 		stretch:          max(o.LoadStretch, 0),
 	}

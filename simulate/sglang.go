@@ -80,7 +80,7 @@ func (w sglangPrefillWire) sideHandler() http.Handler {
 			PP       int    `json:"pp_size"`
 			PageSize int    `json:"page_size"`
 			KVType   string `json:"kv_cache_dtype"`
-		}{w.p.e.opts.TPSize, 1, 1, w.p.e.opts.BlockSize, "auto"}))
+		}{w.p.e.opts.TPSize, 1, 1, w.p.e.opts.BlockSize, w.p.e.opts.KVCacheDtype}))
 	})
 	return mux
 }

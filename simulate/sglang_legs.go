@@ -147,9 +147,14 @@ func (l *sglangDecode) load(ctx context.Context, g *group) (died string, err err
 // connect shakes hands at first contact, which fails between engines of different layouts.
 func (l *sglangDecode) connect(ctx context.Context, peer *process, number int64) error {
 	p := l.w.p
-	if own, other := p.e.opts.BlockSize, peer.e.opts.BlockSize; own != other {
+	own, other := &p.e.opts, &peer.e.opts
+	if own.BlockSize != other.BlockSize {
 		p.pullFailed(strconv.FormatInt(number, 10), "page size mismatch")
-		return transferFailed("Decode", number, fmt.Sprintf("Page size mismatch: prefill server has page_size=%d, but decode server has page_size=%d.", other, own))
+		return transferFailed("Decode", number, fmt.Sprintf("Page size mismatch: prefill server has page_size=%d, but decode server has page_size=%d.", other.BlockSize, own.BlockSize))
+	}
+	if own.KVCacheDtype != other.KVCacheDtype {
+		p.pullFailed(strconv.FormatInt(number, 10), "KV cache dtype mismatch")
+		return transferFailed("Decode", number, fmt.Sprintf("KV cache dtype mismatch: prefill server has kv_cache_dtype=%s, but decode server has kv_cache_dtype=%s.", other.KVCacheDtype, own.KVCacheDtype))
 	}
 	wait := p.greet(peer)
 	if wait == 0 {

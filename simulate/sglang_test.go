@@ -427,25 +427,32 @@ func TestSGLangDuplicateRoom(t *testing.T) {
 	}
 }
 
-func TestSGLangPageSizesDiffer(t *testing.T) {
-	o := sglangOptions
-	o.Peers = NewRegistry()
-	o.Name, o.Role, o.BlockSize = "p", "prefill", 16
-	p := newEngine(t, o)
-	o.Name, o.Role, o.BlockSize = "d", "decode", 32
-	d := newEngine(t, o)
-	body := native(longText, 4, roomOf(p, 5))
-	prefill := start(t, p, "/generate", body)
-	r := post(t, d, "/generate", body)
-	if r.status != http.StatusInternalServerError || !strings.Contains(string(r.body), "Page size mismatch") {
-		t.Errorf("decode: %d %s", r.status, r.body)
-	}
-	if first := prefill.wait(t); first.status != http.StatusInternalServerError {
-		t.Errorf("prefill: %d", first.status)
-	}
-	settle(t, p)
-	if n := len(p.Leaked()); n != 1 {
-		t.Errorf("%d leaks", n)
+// TestSGLangLayoutsDiffer: a decode engine does not connect to one whose KV it could not read.
+func TestSGLangLayoutsDiffer(t *testing.T) {
+	for want, differ := range map[string]func(*Options){
+		"Page size mismatch":      func(o *Options) { o.BlockSize = 32 },
+		"KV cache dtype mismatch": func(o *Options) { o.KVCacheDtype = "fp8_e4m3" },
+	} {
+		o := sglangOptions
+		o.Peers = NewRegistry()
+		o.Name, o.Role, o.BlockSize = "p", "prefill", 16
+		p := newEngine(t, o)
+		o.Name, o.Role = "d", "decode"
+		differ(&o)
+		d := newEngine(t, o)
+		body := native(longText, 4, roomOf(p, 5))
+		prefill := start(t, p, "/generate", body)
+		r := post(t, d, "/generate", body)
+		if r.status != http.StatusInternalServerError || !strings.Contains(string(r.body), want) {
+			t.Errorf("%s: decode: %d %s", want, r.status, r.body)
+		}
+		if first := prefill.wait(t); first.status != http.StatusInternalServerError {
+			t.Errorf("%s: prefill: %d", want, first.status)
+		}
+		settle(t, p)
+		if n := len(p.Leaked()); n != 1 {
+			t.Errorf("%s: %d leaks", want, n)
+		}
 	}
 }
 
@@ -465,7 +472,7 @@ func TestSGLangBootstrapLabel(t *testing.T) {
 
 // TestSGLangClientLeaves frees at once on both sides, whenever it happens.
 func TestSGLangClientLeaves(t *testing.T) {
-	p, d := newPair(t, Options{Engine: engineSGLang, NumBlocks: 400, Scale: 0.1, InterToken: time.Hour})
+	p, d := newPair(t, Options{Engine: engineSGLang, NumBlocks: 400, Scale: 0.1, InterToken: 2 * time.Second})
 	body := native(longText, 100, roomOf(p, 1))
 	prefill := start(t, p, "/generate", body)
 	decode := start(t, d, "/generate", body)

@@ -279,11 +279,14 @@ func TestPrefillLegsWithoutHandle(t *testing.T) {
 
 func TestOldGeneration(t *testing.T) {
 	o := pairOptions
-	o.Generation = "old"
+	o.Generation, o.Lease = "old", 0
 	p, d := newPair(t, o)
 	h := prefillLeg(t, p, prompt(200, 1), "")
 	if !strings.Contains(h, `"remote_block_ids":[1,2,3,4,5,6,7]`) {
 		t.Errorf("handle: %s", h)
+	}
+	if held := p.Held()[0]; held.Expires.Sub(held.Since) != time.Duration(480*float64(time.Second)*fast) {
+		t.Errorf("held from %v to %v", held.Since, held.Expires)
 	}
 	r := post(t, d, "/v1/completions", complete(prompt(200, 1), 4, withHandle(h)))
 	if got := r.json(t)["usage"].(map[string]any)["prompt_tokens_details"].(map[string]any)["cached_tokens"]; got != 200.0 {
@@ -319,9 +322,9 @@ func TestLoopbackHandleIsTheDecodersOwnHost(t *testing.T) {
 // long, but for a jump of its clock that leaves 2 s of it; the decode engine's makes the heartbeats frequent.
 func TestHeartbeatsKeepALease(t *testing.T) {
 	queued := pairOptions
-	queued.MaxNumSeqs, queued.InterToken, queued.Lease = 1, time.Hour, heartbeats*10*time.Second // a heartbeat each 100 ms
+	queued.MaxNumSeqs, queued.InterToken, queued.Lease = 1, 10*time.Second, heartbeats*10*time.Second // 100 ms, and a heartbeat each 100 ms
 	p, d := newPairOf(t, pairOptions, queued)
-	busy, stop := begin(t, d, complete(prompt(64, 5), 150, ""))
+	busy, stop := begin(t, d, complete(prompt(64, 5), 1000, ""))
 	eventually(t, "running", func() bool { return d.Stats().Running == 1 })
 	h := prefillLeg(t, p, prompt(200, 1), "")
 	answer, _ := begin(t, d, complete(prompt(200, 1), 1, withHandle(h)))
