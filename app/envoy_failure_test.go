@@ -34,7 +34,7 @@ func TestEnvoyNextPrefiller(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			o := fast(2, 2)
-			o.Template.Lease = time.Second
+			o.Template.Lease = 4 * time.Second
 			s := newStack(t, stackOptions{pool: o})
 			test.fault.Phase, test.fault.Attempt = "prefill", "1"
 			s.setFaults("prefill", test.fault)

@@ -171,6 +171,11 @@ func rows() []row {
 		},
 		{
 			name: "prefill without handle", leaky: true, applies: withHandle, faults: always(simulate.Fault{Kind: "no_handle"}),
+			engine: func(o *simulate.Options) {
+				if o.Connector == "lmcache-pd" { // written into a buffer of decode's, which fetches it in any case
+					o.Lease = 20 * time.Second
+				}
+			},
 			want: func(f *flavour) want {
 				w := usedUp("handle_missing", 1)(f)
 				w.expired = 1 // whether blocks are held is not known from an answer that names none
@@ -180,7 +185,10 @@ func rows() []row {
 				return w
 			},
 		},
-		{name: "decode gone during prefill", leaky: true, applies: serial, faults: always(simulate.Fault{Kind: "delay", DelayMS: 1500}), run: decodeGone},
+		{
+			name: "decode gone during prefill", applies: serial, faults: always(simulate.Fault{Kind: "delay", DelayMS: 1500}), run: decodeGone,
+			engine: func(o *simulate.Options) { o.Lease = 4 * time.Second }, // for another decode endpoint to come in time
+		},
 		{name: "no decode endpoint left after prefill", leaky: true, applies: serial, faults: always(simulate.Fault{Kind: "delay", DelayMS: 1500}), run: noDecodeLeft},
 		{
 			name: "budget spent", config: "budget: 300ms", faults: always(simulate.Fault{Kind: "hang"}),

@@ -186,11 +186,11 @@ func (f *File) reload(ctx context.Context, publish func([]Wanted)) {
 		return
 	}
 	if len(bad) == 0 {
-		f.loads.WithLabelValues("applied").Inc()
 		f.current.Set(1)
+		f.loads.WithLabelValues("applied").Inc() // after what it counts is to be seen
 	} else {
-		f.loads.WithLabelValues("partial").Inc()
 		f.current.Set(0)
+		f.loads.WithLabelValues("partial").Inc()
 	}
 	for _, b := range bad[:min(len(bad), maxLoggedEntries)] {
 		f.log.LogAttrs(ctx, slog.LevelWarn, "bad endpoint left out", slog.Any("err", b), slog.Int("bad", len(bad)))

@@ -148,8 +148,11 @@ func (f *Faults) check() error {
 	if _, ok := MetricsFaults()[f.Metrics]; !ok && f.Metrics != "" {
 		errs = append(errs, fmt.Errorf("metrics: %q is not known", f.Metrics))
 	}
-	if _, ok := KVEventFaults()[f.KVEvents]; (!ok && f.KVEvents != "") || f.KVEventsEvery < 0 {
-		errs = append(errs, fmt.Errorf("kv_events: %q, kv_events_every: %d: not known, or below 0", f.KVEvents, f.KVEventsEvery))
+	if _, ok := KVEventFaults()[f.KVEvents]; !ok && f.KVEvents != "" {
+		errs = append(errs, fmt.Errorf("kv_events: %q is not known", f.KVEvents))
+	}
+	if f.KVEventsEvery < 0 {
+		errs = append(errs, fmt.Errorf("kv_events_every: %d, must be 0 or more", f.KVEventsEvery))
 	}
 	if !slices.Contains(encoderFaults(), f.Encoder) {
 		errs = append(errs, fmt.Errorf("encoder: %q is not known", f.Encoder))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,21 +20,24 @@ import (
 
 // KVEvents are what an engine tells about its prefix cache over ZeroMQ (--kv-events-config of vLLM). The zero value
 // publishes nothing. Block hashes are those of --prefix-caching-hash-algo sha256_cbor.
+//
+// One thing is unlike vLLM: the simulated cache keeps one block of a hash where vLLM keeps several, so that no hash is told
+// as stored twice without a removal in between.
 type KVEvents struct {
-	Endpoint      string // where to publish (endpoint): "tcp://*:5557", each data-parallel rank one port on; * is the engine's address, port 0 a free one; "" is off
-	Replay        string // where to answer replay requests, likewise (replay_endpoint); "" is nowhere
-	Topic         string // of every message (topic); {addr} and {model} stand for the engine's
-	Encoding      string // "" is events as maps, as in vLLM 0.32; "array" as before PR #42892
-	HashBytes     bool   // hashes as 32 bytes (VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES=0), not as the low 64 bits
-	BufferSteps   int    // messages kept for replays (buffer_steps); default 10000
-	HWM           int    // messages that wait for one slow subscriber, more are lost to it (hwm); default 100000
-	StepTokens    int    // tokens that one scheduler step prefills (--max-num-batched-tokens), a message each; default 2048
-	SilentRestart bool   // a restart is seen by the sequence alone, as with vLLM 0.32; else its first message begins with AllBlocksCleared
+	Endpoint     string // where to publish (endpoint): "tcp://*:5557", each data-parallel rank one port on; * is the engine's address, port 0 a free one; "" is off
+	Replay       string // where to answer replay requests, likewise (replay_endpoint); "" is nowhere
+	Topic        string // of every message (topic); {addr} and {model} stand for the engine's
+	Encoding     string // "" is events as maps, as in vLLM 0.32; "array" as before PR #42892
+	HashBytes    bool   // hashes as 32 bytes (VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES=0), not as the low 64 bits
+	BufferSteps  int    // messages kept for replays (buffer_steps); default 10000
+	HWM          int    // messages that wait for one slow subscriber, more are lost to it (hwm); default 100000
+	StepTokens   int    // tokens that one scheduler step prefills (--max-num-batched-tokens), a message each; default 2048
+	ClearOnStart bool   // the first message after a restart begins with AllBlocksCleared; with vLLM 0.32 the sequence alone tells of one
 }
 
 const encodingArray = "array"
 
-// maxKVQueue bounds the messages of HWM and BufferSteps.
+// maxKVQueue bounds HWM, BufferSteps and StepTokens.
 const maxKVQueue = 1 << 24
 
 func (o *KVEvents) setDefaults() {
@@ -43,12 +47,20 @@ func (o *KVEvents) setDefaults() {
 }
 
 // check names the flag of baton simulate where there is one. ranks is how many ports each endpoint needs.
-func (o *KVEvents) check(ranks int) error {
+func (o *KVEvents) check(engine string, ranks int) error {
 	var errs []error
-	for flag, endpoint := range map[string]string{"--kv-events-endpoint": o.Endpoint, "--kv-events-replay-endpoint": o.Replay} {
-		if _, err := endpointPort(shifted(endpoint, max(ranks, 1)-1)); endpoint != "" && err != nil {
-			errs = append(errs, fmt.Errorf("%s: %q, must be tcp://*:PORT: to an address of its own a server connects, and the simulated one only listens", flag, endpoint))
+	for _, at := range []struct{ flag, endpoint string }{{"--kv-events-endpoint", o.Endpoint}, {"--kv-events-replay-endpoint", o.Replay}} {
+		if at.endpoint == "" {
+			continue
 		}
+		if _, err := endpointPort(at.endpoint); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %q, must be tcp://*:PORT: to an address of its own a server connects, and the simulated one only listens", at.flag, at.endpoint))
+		} else if _, err := endpointPort(shifted(at.endpoint, max(ranks, 1)-1)); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %q, must leave %d ports up to %d, one for each rank", at.flag, at.endpoint, ranks, math.MaxUint16))
+		}
+	}
+	if o.Endpoint != "" && engine != "" && engine != engineVLLM {
+		errs = append(errs, fmt.Errorf("--kv-events-endpoint: only vLLM's KV events are simulated, not those of %s", engine))
 	}
 	if o.Replay != "" && o.Endpoint == "" {
 		errs = append(errs, errors.New("--kv-events-replay-endpoint: only with --kv-events-endpoint"))
@@ -56,9 +68,12 @@ func (o *KVEvents) check(ranks int) error {
 	if o.Encoding != "" && o.Encoding != encodingArray {
 		errs = append(errs, fmt.Errorf("--kv-events-encoding: %q, must be empty or %s", o.Encoding, encodingArray))
 	}
-	for name, n := range map[string]int{"BufferSteps": o.BufferSteps, "HWM": o.HWM, "StepTokens": o.StepTokens} {
-		if n < 1 || n > maxKVQueue {
-			errs = append(errs, fmt.Errorf("KVEvents.%s: %d, must be from 1 to %d", name, n, maxKVQueue))
+	for _, n := range []struct {
+		name  string
+		value int
+	}{{"BufferSteps", o.BufferSteps}, {"HWM", o.HWM}, {"StepTokens", o.StepTokens}} {
+		if n.value < 1 || n.value > maxKVQueue {
+			errs = append(errs, fmt.Errorf("KVEvents.%s: %d, must be from 1 to %d", n.name, n.value, maxKVQueue))
 		}
 	}
 	return errors.Join(errs...)

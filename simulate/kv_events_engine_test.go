@@ -89,11 +89,11 @@ func TestKVEventsOfResets(t *testing.T) {
 	sub := subscribe(t, e, 0, "")
 	text(t, post(t, e, "/v1/completions", complete(prompt(40, 1), 1, "")))
 	sub.next(t)
-	handle := prefillLeg(t, e, prompt(40, 2), "") // holds its blocks
+	prefillLeg(t, e, prompt(40, 2), "") // holds its blocks
 	sub.next(t)
 	reset := func() {
 		t.Helper()
-		if r := post(t, e, "/reset_prefix_cache", ""); r.status != http.StatusOK || handle == "" {
+		if r := post(t, e, "/reset_prefix_cache", ""); r.status != http.StatusOK {
 			t.Fatal(r.status)
 		}
 	}
@@ -200,9 +200,10 @@ func TestKVEventsOptions(t *testing.T) {
 		o    PoolOptions
 		want string // in the error
 	}{
+		{"another engine's", PoolOptions{Plain: 1, Template: Options{Engine: "sglang", KVEvents: KVEvents{Endpoint: "tcp://*:0"}}}, "not those of sglang"},
 		{"an address of its own", PoolOptions{Plain: 1, Template: Options{KVEvents: KVEvents{Endpoint: "tcp://127.0.0.1:5557"}}}, "--kv-events-endpoint"},
 		{"no port", PoolOptions{Plain: 1, Template: Options{KVEvents: KVEvents{Endpoint: "tcp://*:"}}}, "--kv-events-endpoint"},
-		{"ranks above the last port", PoolOptions{Plain: 1, Template: Options{Ranks: 2, KVEvents: KVEvents{Endpoint: "tcp://*:65535"}}}, "--kv-events-endpoint"},
+		{"ranks above the last port", PoolOptions{Plain: 1, Template: Options{Ranks: 2, KVEvents: KVEvents{Endpoint: "tcp://*:65535"}}}, "--kv-events-endpoint: \"tcp://*:65535\", must leave 2 ports"},
 		{"replay alone", PoolOptions{Plain: 1, Template: Options{KVEvents: KVEvents{Replay: "tcp://*:0"}}}, "--kv-events-replay-endpoint"},
 		{"unknown encoding", PoolOptions{Plain: 1, Template: Options{KVEvents: KVEvents{Encoding: "json"}}}, "--kv-events-encoding"},
 		{"buffer", PoolOptions{Plain: 1, Template: Options{KVEvents: KVEvents{BufferSteps: -1}}}, "BufferSteps"},

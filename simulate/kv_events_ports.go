@@ -50,7 +50,7 @@ func (p *process) openEvents() error {
 			bound[r].replay = at
 			v.router = zmtp.NewRouter(ln, v.answerReplay)
 		}
-		if kept != nil && !o.SilentRestart {
+		if kept != nil && o.ClearOnStart {
 			v.cleared()
 		}
 	}

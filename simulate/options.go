@@ -56,7 +56,7 @@ type Options struct {
 	LoadFailurePolicy  string    // "fail" (default): a failed pull is a 500; "recompute": prefill locally
 	RemoteHost         string    // what handles carry; default the engine's address; "localhost" as misconfigured operators have it
 	MixRanks           bool      // read a handle whose port is another rank's, as engines without rank checks do: wrong text
-	HashSeed           string    // PYTHONHASHSEED; peers of the offloading connector need the same
+	HashSeed           string    // PYTHONHASHSEED: root of the hashes in KV events, default vLLM 0.32's own; peers of the offloading connector need the same
 	CachedNotParked    bool      // offloading: a prefill whose prefix was cached parks nothing, as vLLM 0.27 did
 	TPSize             int       // tensor-parallel size in handles; a decode engine dies of a larger one than its own; default 1
 	DuplicateRoomKills bool      // SGLang: a room that is in use ends the process, as in older versions; else it is a 500
@@ -192,7 +192,7 @@ func (o Options) check() error {
 	if !slices.Contains([]string{"", encoderExample, encoderNIXL}, o.Encoder) {
 		errs = append(errs, fmt.Errorf("--encoder: %q, must be empty, %s or %s", o.Encoder, encoderExample, encoderNIXL))
 	}
-	errs = append(errs, o.KVEvents.check(o.Ranks))
+	errs = append(errs, o.KVEvents.check(o.Engine, o.Ranks))
 	if o.Generation != "" && o.Generation != generationOld {
 		errs = append(errs, fmt.Errorf("--generation: %q, must be empty or old", o.Generation))
 	}

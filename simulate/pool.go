@@ -28,7 +28,7 @@ type PoolOptions struct {
 
 	Host     string  // address to listen on; default 127.0.0.1
 	BasePort int     // the first engine's port, the others follow; 0 takes free ports
-	Template Options // of every engine; Name, Role, Addr and Peers are set by the pool, a SidePort is the first engine's
+	Template Options // of every engine; Name, Role, Addr and Peers are set by the pool, ports of SidePort and KVEvents are the first engine's
 
 	// RankPorts gives each of the Template's data-parallel ranks a port and an engine of its own, named
 	// prefill-0-rank-0, …, as servers without a balancer inside have them.

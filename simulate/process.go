@@ -127,7 +127,8 @@ func (p *process) connState(c net.Conn, s http.ConnState) {
 	}
 }
 
-// stop resets every connection but own, closes the port and cancels all requests. It does not wait.
+// stop resets every connection but own, closes the port and cancels all requests. It waits for nothing but the sockets of KV
+// events.
 func (p *process) stop(own net.Conn) {
 	p.connMu.Lock()
 	first := !p.stopped

@@ -86,7 +86,7 @@ func simulateFlags(fs *pflag.FlagSet, o *simulate.PoolOptions) {
 	fs.DurationVar(&t.InterToken, "inter-token", 0, "time between tokens (default 5ms)")
 	fs.DurationVar(&t.Encode, "encode-time", 0, "time to encode an image or another media item (default 20ms)")
 	fs.DurationVar(&t.Handshake, "handshake", 0, "first contact of a prefill and a decode engine (default 50ms)")
-	fs.DurationVar(&t.Lease, "lease", 0, "how long a finished prefill is held (default the connector's, 30s for nixlv2)")
+	fs.DurationVar(&t.Lease, "lease", 0, "how long a finished prefill is held (default the connector's; nixlv2: 30s, 480s with --generation old)")
 	fs.StringVar(&t.LoadFailurePolicy, "kv-load-failure-policy", "", "fail (default) or recompute")
 	fs.StringVar(&t.RemoteHost, "remote-host", "", "host in KV handles (default the engine's)")
 }
@@ -97,5 +97,6 @@ func eventFlags(fs *pflag.FlagSet, t *simulate.Options) {
 	fs.StringVar(&t.KVEvents.Replay, "kv-events-replay-endpoint", "", "answer replay requests for KV events, likewise")
 	fs.StringVar(&t.KVEvents.Topic, "kv-events-topic", "", "topic of KV events; {addr} and {model} stand for the engine's")
 	fs.StringVar(&t.KVEvents.Encoding, "kv-events-encoding", "", `"" for maps (vLLM 0.32), "array" for what was before`)
+	fs.BoolVar(&t.KVEvents.ClearOnStart, "kv-events-clear-on-start", false, "tell of a restart by AllBlocksCleared, not by the sequence alone as vLLM 0.32 does")
 	fs.StringVar(&t.HashSeed, "hash-seed", "", "PYTHONHASHSEED of the engines (default that of a vLLM 0.32 without it)")
 }

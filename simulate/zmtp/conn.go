@@ -46,10 +46,10 @@ type conn struct {
 	sending sync.Mutex // a message at a time
 }
 
-// open shakes hands as a socket of type own with a peer of one of the types in peers.
-func open(nc net.Conn, own string, peers []string) (*conn, error) {
+// open shakes hands as a socket of type own with a peer of one of the types in peers, which may take wait.
+func open(nc net.Conn, own string, peers []string, wait time.Duration) (*conn, error) {
 	c := &conn{Conn: nc, r: bufio.NewReader(nc)}
-	if err := c.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(wait)); err != nil {
 		return nil, fmt.Errorf("handshake: %w", err)
 	}
 	greeting := make([]byte, greetingBytes)

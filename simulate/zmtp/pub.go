@@ -7,10 +7,14 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
-// maxTopics bounds the subscriptions of one peer.
-const maxTopics = 1024
+// What one peer may subscribe to.
+const (
+	maxTopics = 1024
+	maxTopic  = 1 << 10 // bytes of one
+)
 
 // Pub sends each message to every subscriber whose topics begin its first frame. Safe for concurrent use.
 type Pub struct {
@@ -26,8 +30,12 @@ type Pub struct {
 // NewPub serves on ln, which it takes over. hwm is how many messages may wait for one slow subscriber; more are lost to
 // it, and counted.
 func NewPub(ln net.Listener, hwm int) *Pub {
+	return newPubOf(ln, hwm, handshakeWait)
+}
+
+func newPubOf(ln net.Listener, hwm int, handshake time.Duration) *Pub {
 	p := &Pub{hwm: hwm, subs: map[*subscriber]struct{}{}}
-	p.start(ln, "PUB", []string{"SUB", "XSUB"}, p.subscribed)
+	p.start(ln, "PUB", []string{"SUB", "XSUB"}, handshake, p.subscribed)
 	return p
 }
 
@@ -86,10 +94,14 @@ type subscriber struct {
 	queue  [][][]byte
 }
 
-// subscribe reads a subscription (1, topic) or its end (0, topic). It returns false when the peer has too many.
+// subscribe reads a subscription (1, topic) or its end (0, topic). It returns false when that is too long, or the peer has
+// too many.
 func (s *subscriber) subscribe(frames [][]byte) bool {
 	if len(frames) != 1 || len(frames[0]) == 0 {
 		return true // no business of a subscriber's; libzmq drops it
+	}
+	if len(frames[0]) > 1+maxTopic {
+		return false
 	}
 	topic := string(frames[0][1:])
 	s.mu.Lock()

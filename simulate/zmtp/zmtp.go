@@ -19,8 +19,9 @@ const maxPeers = 256
 // server accepts peers and serves each on a goroutine of its own.
 type server struct {
 	ln    net.Listener
-	own   string   // socket type
-	peers []string // socket types that go with it
+	own   string        // socket type
+	peers []string      // socket types that go with it
+	wait  time.Duration // for a peer's handshake
 	serve func(c *conn)
 	done  chan struct{} // closed by Close
 	work  sync.WaitGroup
@@ -31,8 +32,8 @@ type server struct {
 }
 
 // start takes ln over.
-func (s *server) start(ln net.Listener, own string, peers []string, serve func(c *conn)) {
-	s.ln, s.own, s.peers, s.serve = ln, own, peers, serve
+func (s *server) start(ln net.Listener, own string, peers []string, wait time.Duration, serve func(c *conn)) {
+	s.ln, s.own, s.peers, s.wait, s.serve = ln, own, peers, wait, serve
 	s.done, s.conns = make(chan struct{}), map[net.Conn]struct{}{}
 	s.work.Go(s.accept)
 }
@@ -65,7 +66,7 @@ func (s *server) admit(nc net.Conn) {
 	s.conns[nc] = struct{}{}
 	s.work.Go(func() {
 		defer s.leave(nc)
-		if c, err := open(nc, s.own, s.peers); err == nil { // who is no ZeroMQ peer is hung up on
+		if c, err := open(nc, s.own, s.peers, s.wait); err == nil { // who is no ZeroMQ peer is hung up on
 			s.serve(c)
 		}
 	})
@@ -103,7 +104,7 @@ type Reply func(frames ...[]byte) error
 // a time and peers beside each other; it must return when reply fails.
 func NewRouter(ln net.Listener, answer func(request [][]byte, reply Reply)) *Router {
 	r := &Router{}
-	r.start(ln, "ROUTER", []string{"DEALER", "REQ", "ROUTER"}, func(c *conn) {
+	r.start(ln, "ROUTER", []string{"DEALER", "REQ", "ROUTER"}, handshakeWait, func(c *conn) {
 		for {
 			request, err := c.receive()
 			if err != nil {

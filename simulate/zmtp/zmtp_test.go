@@ -6,35 +6,23 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/binary"
-	"flag"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/baton-epp/baton/internal/leaktest"
 )
 
-// TestMain fails the package when goroutines are left.
-func TestMain(m *testing.M) {
-	before := runtime.NumGoroutine()
-	code := m.Run()
-	if flag.Lookup("test.fuzz").Value.String() != "" {
-		os.Exit(code) // the fuzzer has goroutines of its own
-	}
-	for deadline := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before && time.Now().Before(deadline); {
-		time.Sleep(time.Millisecond)
-	}
-	if n := runtime.NumGoroutine(); n > before && code == 0 {
-		buf := make([]byte, 1<<20)
-		fmt.Fprintf(os.Stderr, "%d goroutines left, %d at the start\n%s", n, before, buf[:runtime.Stack(buf, true)])
-		code = 1
-	}
-	os.Exit(code)
-}
+// TestMain fails the package when goroutines outlive its tests.
+func TestMain(m *testing.M) { os.Exit(leaktest.Run(m)) }
+
+// patience is how long a machine that stalls may take for what takes an idle one no time.
+const patience = time.Minute
 
 func listen(t *testing.T) net.Listener {
 	t.Helper()
@@ -73,7 +61,7 @@ func dial(t *testing.T, s *server) *peer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	return &peer{c, bufio.NewReader(c)}
 }
 
@@ -149,10 +137,10 @@ func (p *peer) ended(t *testing.T) {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(patience)
 	for !ok() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 10s: %s", what)
+			t.Fatalf("not within %v: %s", patience, what)
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -250,6 +238,7 @@ func TestHostilePeersAreHungUpOn(t *testing.T) {
 		{"unknown flags", greeting + readySub + "\x80\x01x"},
 		{"a message without end", greeting + readySub + strings.Repeat("\x01\x01x", maxFrames+1)},
 		{"too many topics", greeting + readySub + manyTopics()},
+		{"a long topic", greeting + readySub + "\x02\x00\x00\x00\x00\x00\x00\x04\x02\x01" + strings.Repeat("t", maxTopic+1)},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -273,9 +262,17 @@ func manyTopics() string {
 	return b.String()
 }
 
-// A peer that says nothing keeps nobody out, not even so many that no further one is let in for long.
+// Who says nothing in time is hung up on.
+func TestSilentPeer(t *testing.T) {
+	pub := newPubOf(listen(t), 10, 20*time.Millisecond)
+	t.Cleanup(pub.Close)
+	dial(t, &pub.server).ended(t)
+}
+
+// Until then silent peers keep nobody out, but when they have every place.
 func TestSilentPeers(t *testing.T) {
-	pub := newPub(t, 10)
+	pub := newPubOf(listen(t), 10, time.Hour)
+	t.Cleanup(pub.Close)
 	silent := make([]*peer, 0, maxPeers)
 	for range maxPeers - 1 {
 		silent = append(silent, dial(t, &pub.server))
@@ -340,7 +337,7 @@ func FuzzPeer(f *testing.F) {
 			theirs.Close()
 		})
 		talk.Go(func() { _, _ = io.Copy(io.Discard, theirs) })
-		c, err := open(ours, "PUB", []string{"SUB"})
+		c, err := open(ours, "PUB", []string{"SUB"}, handshakeWait)
 		for s := (&subscriber{topics: map[string]int{}, wake: make(chan struct{}, 1)}); err == nil; {
 			var frames [][]byte
 			if frames, err = c.receive(); err == nil && !s.subscribe(frames) {
